@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from titanlm.datasets.text import TextConfig, TextRows
+from titanlm.errors import DataError
+from titanlm.registry import Component
+
+
+def build(*paths, split="train", stream=0, n_streams=1, **settings):
+    tokenizer = Component.named("tokenizer", "byte").build()
+    component = Component.named("dataset", "text", paths=tuple(str(path) for path in paths), **settings)
+    return component.build(tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=0)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "b.txt").write_bytes("\ufeffone\r\ntwo\n\n  \nthree 😀\nfour\r\n\r\nfive".encode())
+    (tmp_path / "a.md").write_text("first\n\n\n\nsecond\n")
+    (tmp_path / "deep/er/c.txt").write_text("deep")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / ".hidden").write_bytes(b"\xff")
+    return tmp_path
+
+
+def test_directories_files_and_globs(corpus):
+    whole = ["first\n\n\n\nsecond\n", "one\r\ntwo\n\n  \nthree 😀\nfour\r\n\r\nfive", "deep"]
+    assert list(build(corpus).texts()) == whole
+    assert list(build(corpus / "**/*.txt").texts()) == whole[1:]
+    assert list(build(corpus / "deep", corpus / "a.md", corpus).texts()) == [whole[2], whole[0], whole[1]]  # every file once
+
+
+def test_paths_start_at_the_working_directory(corpus, monkeypatch):
+    monkeypatch.chdir(corpus)
+    assert list(build("a.md").texts()) == ["first\n\n\n\nsecond\n"]
+    monkeypatch.chdir(corpus / "deep")
+    assert list(build("er").texts()) == ["deep"]
+
+
+def test_units(corpus):
+    assert list(build(corpus / "b.txt", unit="line").texts()) == ["one", "two", "three 😀", "four", "five"]
+    assert list(build(corpus / "b.txt", unit="paragraph").texts()) == ["one\r\ntwo", "three 😀\nfour", "five"]
+    assert list(build(corpus / "a.md", unit="paragraph").texts()) == ["first", "second\n"]
+    mixed = build(corpus, unit="line")
+    assert list(mixed.texts()) == ["first", "second", "one", "two", "three 😀", "four", "five", "deep"]
+
+
+def test_lines_against_plain_splitting(tmp_path):
+    lines = [f"line {i} " + "é" * (i % 7) for i in range(500)]
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("\n".join(lines[number * 100 : number * 100 + 100]))
+    rows = TextRows(TextConfig(paths=(str(tmp_path),), unit="line"), "train")
+    assert [rows.row(i)["text"] for i in range(len(rows))] == lines
+    assert rows.row(101)["source"] == f"{tmp_path / '1.txt'} byte {len(lines[100].encode()) + 1}"
+
+
+@pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
+def test_held_out_rows_are_disjoint_by_text_and_cover(tmp_path, unit):
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text("\n\n".join(f"row {(number * 3 + i) % 120}" for i in range(5)))
+    train, validation = (list(build(tmp_path, unit=unit, validation_fraction=0.3, split=split).texts()) for split in ("train", "validation"))
+    assert train
+    assert validation
+    assert not set(train) & set(validation)  # equal rows are on one side
+    assert sorted(train + validation) == sorted(build(tmp_path, unit=unit).texts())
+
+
+def test_separate_validation_files(corpus):
+    settings = {"validation_paths": (str(corpus / "a.md"),), "unit": "line"}
+    assert list(build(corpus / "deep", **settings).texts()) == ["deep"]
+    assert list(build(corpus / "deep", split="validation", **settings).texts()) == ["first", "second"]
+    with pytest.raises(DataError, match=r"a\.md is in dataset\.paths and in dataset\.validation_paths"):
+        build(corpus, **settings)
+    with pytest.raises(ValueError, match="exclude each other"):
+        TextConfig(paths=("x",), validation_paths=("y",), validation_fraction=0.1)
+    with pytest.raises(DataError, match=r"no validation data; set dataset\.validation_paths or dataset\.validation_fraction"):
+        build(corpus, split="validation")
+
+
+def test_bad_utf8_names_file_and_byte(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"good\nfine \xff here\n")
+    with pytest.raises(DataError, match=r"bad\.txt: byte 10 is not UTF-8 .*dataset\.errors = \"replace\""):
+        list(build(tmp_path, unit="line").texts())
+    assert list(build(tmp_path, unit="line", errors="replace").texts()) == ["good", "fine \ufffd here"]
+
+
+def test_missing_and_empty_paths_name_the_key(corpus):
+    for nothing in ("absent.txt", "*.nothing"):
+        with pytest.raises(DataError, match=r"dataset\.paths: .* is no file, no directory with files and no glob"):
+            build(corpus / nothing)
+    with pytest.raises(ValueError, match="paths is empty"):
+        TextConfig(paths=())
+    with pytest.raises(DataError, match=r"dataset\.validation_paths: "):
+        build(corpus, validation_paths=("absent",))
+    with pytest.raises(DataError, match=r"dataset\.paths has no rows for 'train' .*every file is empty"):
+        build(corpus / "empty.txt")
+
+
+def test_fingerprint_follows_contents_and_not_the_place(corpus):
+    prints = [build(corpus).fingerprint, build(corpus, unit="line").fingerprint, build(corpus / "a.md").fingerprint]
+    (corpus / "a.md").write_text("First\n\n\n\nsecond\n")
+    prints.append(build(corpus).fingerprint)
+    assert len(set(prints)) == 4
+    moved = corpus.rename(corpus.with_name("moved"))
+    assert build(moved).fingerprint == prints[-1]
+
+
+def test_more_files_than_stay_open(tmp_path):
+    for number in range(150):
+        (tmp_path / f"{number:03}.txt").write_text(f"file {number}")
+    streams = [build(tmp_path, stream=s, n_streams=4) for s in range(4)]
+    assert len({bytes(one.ids.tolist()[1:-1]) for stream in streams for one in islice(stream, 37)}) == 148
+
+
+def test_a_file_that_changed_is_an_error(corpus):
+    one = build(corpus / "a.md")
+    (corpus / "a.md").write_text("shorter")
+    with pytest.raises(DataError, match=r"a\.md changed while it was in use: 7 bytes, 16"):
+        next(one)

@@ -1,0 +1,174 @@
+"""Everything that can be known to be wrong before a device is touched.
+
+``check`` builds what a run is made of on the meta device and on the CPU:
+tokenizer, dataset, model shape, schedules, parameter claims. ``titanlm config
+check`` prints what it finds, and the trainer runs it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from titanlm.config import RunConfig
+from titanlm.distributed.world import World
+from titanlm.errors import TitanError
+from titanlm.patterns import Claims, claim
+from titanlm.registry import Component
+
+
+@dataclass
+class Report:
+    problems: list[str] = field(default_factory=list)
+    """Dotted path first."""
+    warnings: list[str] = field(default_factory=list)
+    summary: str = ""
+    tokenizer: Any = None
+    model: Any = None
+    """On the meta device."""
+
+    def attempt(self, path: str, build: Callable[[], Any]) -> Any:
+        """The result, or None with the problem noted under ``path``."""
+        try:
+            return build()
+        except (TitanError, ValueError, OSError) as error:
+            for line in str(error).splitlines():
+                # A message that already names a key of this table keeps it.
+                self.problems.append(line if line.startswith(f"{path}.") else f"{path}{'.' if _names_field(line) else ': '}{line}")
+            return None
+
+
+def _names_field(line: str) -> bool:
+    head, colon, _ = line.partition(": ")
+    return bool(colon) and head.replace("_", "").replace(".", "").isalnum() and " " not in head and head.islower()
+
+
+def check(config: RunConfig) -> Report:
+    """Every problem of a config, without touching a device or a network."""
+    report = Report()
+    train = config.train
+    if train.global_batch % train.micro_batch:
+        report.problems.append(f"train.micro_batch: {train.micro_batch} rows do not divide train.global_batch = {train.global_batch}")
+    if train.sample_every and not train.sample_prompt:
+        report.warnings.append("train.sample_prompt: empty; samples start from an empty document")
+    _check_data(config, report)
+    if report.tokenizer is not None:
+        report.model = report.attempt("model", lambda: build_model(config, report.tokenizer))
+    if report.model is not None:
+        _check_model(config, report)
+    report.attempt("scheduler", lambda: config.scheduler.build(total_steps=train.steps))
+    report.attempt("loss", lambda: config.loss.build())
+    if config.fitter is not None:
+        if config.export.max_bytes is None:
+            report.problems.append(f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set")
+        else:
+            report.attempt("fitter", lambda: _fitter(config))
+    for index, optimizer in enumerate(config.optimizer):
+        if optimizer.config.lr < 1e-5:
+            report.warnings.append(f"optimizer.{index}.lr: {optimizer.config.lr:g} is low for pretraining; 1e-4 to 1e-2 is usual")
+    names = [entry.name for entry in config.validation]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        report.problems.append(f"validation: two sets are named {name!r}; give each a `name` of its own")
+    return report
+
+
+def _fitter(config: RunConfig) -> Any:
+    assert config.fitter is not None
+    return config.fitter.build(max_bytes=config.export.max_bytes)
+
+
+def _check_data(config: RunConfig, report: Report) -> None:
+    from titanlm.data import build_streams
+
+    tokenizer = report.tokenizer = report.attempt("tokenizer", config.tokenizer.build)
+    if tokenizer is None:
+        return
+
+    def streams(dataset: Component, split: str) -> Any:
+        return build_streams(
+            dataset, config.packer, tokenizer, split=split, n_streams=1, seed=config.train.seed, seq_len=config.train.seq_len
+        )
+
+    report.attempt("dataset", lambda: streams(config.dataset, "train"))
+    for index, entry in enumerate(config.validation):
+        path = "dataset" if entry.dataset is None else f"validation.{index}.dataset"
+        report.attempt(path, lambda entry=entry: streams(entry.dataset or config.dataset, entry.split))
+    world = report.attempt("parallel", World.from_environment)
+    if world is not None and config.data.n_streams % world.size:
+        report.problems.append(f"data.n_streams: {config.data.n_streams} streams cannot be shared out evenly among {world.size} ranks")
+
+
+def build_model(config: RunConfig, tokenizer: Any) -> Any:
+    """The model on the meta device, changed by the adapter and prepared by quantizers that have a training side.
+
+    Raises ValueError with a line for each bad setting.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = config.model.build(vocab_size=tokenizer.vocab_size, max_seq_len=config.train.seq_len)
+        model.adapter = None
+        if config.adapter is not None:
+            adapter = config.adapter.build(model=model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(adapter.trains(name))
+            # Not a submodule even when the adapter is an nn.Module: its parameters live in the model.
+            object.__setattr__(model, "adapter", adapter)
+        for quantizer in config.quantizer:
+            prepare = getattr(quantizer.build(), "prepare", None)
+            if prepare is not None:
+                prepare(model)
+    return model
+
+
+def roles_of(model: Any) -> dict[str, str]:
+    """Role of every trained parameter. Raises ValueError when the model leaves some without."""
+    roles = dict(model.parameter_roles())
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name in names if name not in roles]
+    if missing:
+        raise ValueError(f"parameter_roles() of the model leaves out {', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}")
+    return {name: roles[name] for name in names}
+
+
+def optimizer_claims(config: RunConfig, model: Any) -> Claims:
+    return claim(roles_of(model), [optimizer.config.params for optimizer in config.optimizer])
+
+
+def quantizer_claims(config: RunConfig, model: Any) -> Claims:
+    roles = {name: dict(model.parameter_roles()).get(name, "matrix") for name, _ in model.named_parameters()}
+    return claim(roles, [quantizer.config.params for quantizer in config.quantizer])
+
+
+def _check_model(config: RunConfig, report: Report) -> None:
+    model = report.model
+    claims = report.attempt("model", lambda: optimizer_claims(config, model))
+    if claims is None:
+        return
+    report.problems += [f"optimizer.{problem}" for problem in claims.problems]
+    if claims.unclaimed:
+        shown = ", ".join(claims.unclaimed[:5]) + ("…" if len(claims.unclaimed) > 5 else "")
+        report.problems.append(f"optimizer: no entry claims {shown}; add an entry with params = [\"*\"] at the end")
+    report.problems += [f"quantizer.{problem}" for problem in quantizer_claims(config, model).problems]
+    report.summary = summary(config, model)
+
+
+def summary(config: RunConfig, model: Any) -> str:
+    """Parameters, FLOPs a token, tokens a step and the memory of weights and optimizer."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    train = config.train
+    tokens = train.global_batch * train.seq_len
+    flops = model.flops_per_token(train.seq_len)
+    # fp32 masters, fp32 gradients, two fp32 moments; an average is one more copy.
+    state = 4 * parameters + 12 * trained + (4 * parameters if config.averager is not None else 0)
+    average = " and average" if config.averager is not None else ""
+    lines = [
+        f"parameters       {parameters:,}" + (f" ({trained:,} trained)" if trained != parameters else ""),
+        f"FLOPs per token  {flops:,.0f} (forward and backward)",
+        f"tokens per step  {tokens:,} = {train.global_batch} rows × {train.seq_len}, {train.global_batch // train.micro_batch} micro-batches",
+        f"whole run        {tokens * train.steps:,} tokens, {flops * tokens * train.steps:.3g} FLOPs",
+        f"memory           {state / 2**30:.3f} GiB for weights, gradients, two moments{average}; activations come on top",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,472 @@
+"""RunConfig: TOML and overrides in, one typed, frozen object out.
+
+A config passes through four steps: the file and the files it ``extends`` are
+merged as plain tables, overrides from the command line are laid over them,
+modules named in ``imports`` are imported, and pydantic turns the tables into
+dataclasses. What is ours is what no library gives: slots that name a component
+and carry only its settings, ``extends``, and errors that say file, line and
+the name that was probably meant. Every mistake is reported at once.
+
+Component modules are imported only when a config names them, so loading a
+config costs what its components cost to import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+
+from titanlm.config_sources import LISTS, KeyPath, Origins, Tables, import_modules, override, parse, read_file, where
+from titanlm.constraints import NonNegativeFloat, NonNegativeInt, PositiveInt
+from titanlm.errors import ConfigError, RegistryError
+from titanlm.registry import PYDANTIC_CONFIG, Component, Slot, did_you_mean, known, lookup
+
+MAX_PROBLEMS = 100
+"""As many are reported at once."""
+MAX_ITEMS = 100
+"""Of a list of components or tables."""
+
+# ---------------------------------------------------------------- sections
+_T = TypeVar("_T", bound=type)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def section(cls: _T) -> _T:
+    """A frozen, keyword-only dataclass that is validated strictly."""
+    cls.__pydantic_config__ = PYDANTIC_CONFIG  # type: ignore[attr-defined]
+    dataclass(frozen=True, kw_only=True)(cls)  # changes the class in place
+    return cls
+
+
+@section
+class Run:
+    """Where a run lives."""
+
+    name: str = ""
+    """Folder below ``dir``; empty: the config file's name without ``.toml``."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+
+
+@section
+class Train:
+    """The step, its shape and how it is executed."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run, resumed ones included."""
+    seq_len: PositiveInt = 1024
+    """Positions a row."""
+    global_batch: PositiveInt = 32
+    """Rows a step over all ranks."""
+    micro_batch: PositiveInt = 8
+    """Rows a forward pass on each rank; gradient accumulation is global_batch / (micro_batch × ranks)."""
+    clip: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 leaves gradients as they are."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of activations and matrix products; parameters and optimizer state stay fp32 either way."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["none", "block", "model"] = "none"
+    """What torch.compile sees: nothing, each block by itself (quick to compile), or the whole model."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute in backward: nothing, all but matrix products and attention, or whole blocks."""
+    seed: NonNegativeInt = 42
+    deterministic: bool = False
+    """Only deterministic kernels: equal runs are then bitwise equal."""
+    threads: NonNegativeInt = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    gc_every: NonNegativeInt = 100
+    """Steps between collections of Python's garbage; between them the collector is off. 0 leaves it to Python."""
+    log_every: PositiveInt = 10
+    """Steps between log lines; only those wait for the device."""
+    validate_every: NonNegativeInt = 0
+    """Steps between validations; 0 validates only at the end."""
+    sample_every: NonNegativeInt = 0
+    """Steps between sample texts; 0 prints none."""
+    sample_prompt: str = ""
+    """What sample texts continue."""
+
+
+@section
+class Data:
+    """How documents become batches."""
+
+    n_streams: PositiveInt = 64
+    """Logical streams, each with its own cursor and packing buffer; ranks and workers share them out."""
+    document_mask: bool = True
+    """Attention, positions and labels stop at document boundaries; false: plain causal over the row."""
+    prefetch: NonNegativeInt = 2
+    """Steps built ahead by a background thread; 0 builds each when it is asked for."""
+
+
+@section
+class Checkpoint:
+    """What is saved and taken up again."""
+
+    every: NonNegativeInt = 100
+    """Steps between checkpoints; the last step and an interrupted one are always saved. 0: only those."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest valid checkpoint of the run folder; never: refuse a folder that has one."""
+
+
+@section
+class Validation:
+    """One validation set; scored with raw and, where there is an averager, averaged weights."""
+
+    name: str = "validation"
+    """Heads the metrics of this set."""
+    dataset: Annotated[Component, Slot("dataset")] | None = None
+    """None: the run's own dataset."""
+    split: str = "validation"
+    max_tokens: NonNegativeInt = 0
+    """Stop after so many positions; 0 scores the whole split."""
+
+
+@section
+class Profile:
+    """A torch.profiler window, written to the run folder."""
+
+    start: PositiveInt = 10
+    """First profiled step."""
+    steps: PositiveInt = 3
+
+
+DEFAULTS = {"tokenizer": "byte", "dataset": "python_stdlib", "packer": "concat", "scheduler": "constant", "loss": "cross_entropy", "exporter": "artifact"}
+"""The component of a slot that a config leaves out, or sets without a name."""
+
+
+def _default(kind: str) -> Any:
+    return field(default_factory=lambda: Component.named(kind, DEFAULTS[kind]))
+
+
+@section
+class Export:
+    """What is handed over."""
+
+    at_end: bool = False
+    """Export when training ends; `titanlm export RUN` does it at any time."""
+    max_bytes: PositiveInt | None = None
+    """Limit on the artifact, decimal bytes."""
+    tokenizer: Literal["embed", "beside"] = "embed"
+    """Inside the artifact or as a file next to it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float16"
+    """Of tensors that no quantizer claims."""
+    exporter: Annotated[Component, Slot("exporter")] = _default("exporter")
+
+
+@section
+class RunConfig:
+    """Everything a run is made of. Python code may build or replace one and call the same Trainer."""
+
+    imports: tuple[str, ...] = ()
+    """Modules imported before components are looked up; they register outside ones."""
+    model: Annotated[Component, Slot("model")]
+    optimizer: tuple[Annotated[Component, Slot("optimizer")], ...]
+    """Each parameter goes to the first whose patterns match it."""
+    run: Run = field(default_factory=Run)
+    train: Train = field(default_factory=Train)
+    data: Data = field(default_factory=Data)
+    tokenizer: Annotated[Component, Slot("tokenizer")] = _default("tokenizer")
+    dataset: Annotated[Component, Slot("dataset")] = _default("dataset")
+    packer: Annotated[Component, Slot("packer")] = _default("packer")
+    adapter: Annotated[Component, Slot("adapter")] | None = None
+    quantizer: tuple[Annotated[Component, Slot("quantizer")], ...] = ()
+    """At export each tensor goes to the first whose patterns match it; the rest keeps `export.dtype`."""
+    scheduler: Annotated[Component, Slot("scheduler")] = _default("scheduler")
+    loss: Annotated[Component, Slot("loss")] = _default("loss")
+    averager: Annotated[Component, Slot("averager")] | None = None
+    fitter: Annotated[Component, Slot("fitter")] | None = None
+    validation: tuple[Validation, ...] = (Validation(),)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
+    logger: tuple[Annotated[Component, Slot("logger")], ...] = field(
+        default_factory=lambda: (Component.named("logger", "console"), Component.named("logger", "jsonl"))
+    )
+    profile: Profile | None = None
+
+
+# ---------------------------------------------------------------- public
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a file named by the user; honours its ``imports`` and ``extends``.
+
+    ``overrides`` are ``--a.b=value`` strings. Raises ConfigError with every
+    mistake found.
+    """
+    path = Path(path)
+    origins: Origins = {}
+    tables = read_file(path, origins, ())
+    override(tables, overrides, origins)
+    import_modules(tables.get("imports", []), origins, str(path))
+    run = tables.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", path.stem)
+    return _decode(tables, str(path), origins)
+
+
+def loads(text: str, source: str = "config") -> RunConfig:
+    """The config in a resolved text, as stored in runs, checkpoints and artifacts.
+
+    ``imports`` is kept as a record but not acted upon: stored text may come
+    from others. A component it registered must already be importable by entry
+    point or have been imported by the caller.
+    """
+    origins: Origins = {}
+    tables = parse(text, source, origins)
+    if "extends" in tables:
+        raise ConfigError([f"{source}: extends: not allowed in a stored config, which is complete by itself"], source)
+    try:
+        return _decode(tables, source, origins)
+    except ConfigError as error:
+        modules = [module for module in tables.get("imports", ()) if isinstance(module, str)]
+        if modules and any("named" in problem for problem in error.problems):
+            error.problems.append(f"imports: a stored config imports nothing; if you trust them: {' '.join(f'--import {name}' for name in modules)}")
+            raise ConfigError(error.problems, source) from None
+        raise
+
+
+def dump(config: RunConfig) -> str:
+    """Resolved TOML; ``loads(dump(config)) == config``."""
+    import tomli_w
+
+    return tomli_w.dumps(to_tables(config))
+
+
+def to_tables(value: Any) -> Any:
+    """Dataclasses and components as the plain tables TOML knows; settings that are None are left out."""
+    if isinstance(value, Component):
+        return {"name": value.name, **to_tables(value.config)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
+        return {name: to_tables(item) for name, item in pairs if item is not None}
+    if isinstance(value, Mapping):
+        return {name: to_tables(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_tables(item) for item in value]
+    return value
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted path → value of the resolved config."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            items = enumerate(value)
+        else:
+            flat[path] = value
+        for key, item in items:
+            walk(item, f"{path}.{key}" if path else str(key))
+
+    walk(to_tables(config), "")
+    return flat
+
+
+def diff(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(path, value in a, value in b) of every setting that differs; a missing one is None."""
+    left, right = flatten(a), flatten(b)
+    return [(key, left.get(key), right.get(key)) for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
+
+
+# ---------------------------------------------------------------- decoding
+def _decode(tables: Tables, source: str, origins: Origins) -> RunConfig:
+    from pydantic import ValidationError
+
+    export = tables.get("export")
+    for slots in (tables, export if isinstance(export, dict) else {}):
+        for kind in DEFAULTS.keys() & slots.keys():
+            if isinstance(slots[kind], dict):
+                slots[kind].setdefault("name", DEFAULTS[kind])
+    misplaced = dict(_misplaced(tables, ()))
+    found = list(misplaced.items())
+    try:
+        config = _adapter(RunConfig).validate_json(json.dumps(tables, default=str))
+    except ValidationError as error:
+        messages = (pair for pair in _messages(error, RunConfig, tables) if pair[0] not in misplaced and (pair[0] or not found))
+        found += islice(messages, MAX_PROBLEMS)
+    if found:
+        problems = list(dict.fromkeys(f"{where(path, origins)}{_dotted(path)}: {message}" for path, message in found[:MAX_PROBLEMS]))
+        raise ConfigError(problems + (["… and more"] if len(found) >= MAX_PROBLEMS else []), source)
+    return config
+
+
+@functools.cache
+def _adapter(cls: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def _misplaced(value: Any, path: KeyPath) -> Iterable[tuple[KeyPath, str]]:
+    """Values that TOML readers let through but no setting can hold."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _misplaced(item, (*path, key))
+    elif isinstance(value, list):
+        if len(value) > MAX_ITEMS and (path[-1] in LISTS or isinstance(value[0], dict)):
+            yield path, f"{len(value)} items; at most {MAX_ITEMS}"
+            del value[MAX_ITEMS:]  # a slot takes milliseconds to refuse
+        for index, item in enumerate(value):
+            yield from _misplaced(item, (*path, index))
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield path, "an integer of a config has at most 64 bits"
+    elif isinstance(value, str) and not _unicode(value):
+        yield path, f"not valid Unicode: {_shown(value)}"
+    elif not isinstance(value, str | int | float | bool):
+        yield path, f"a {type(value).__name__} has no place in a config"
+
+
+def _unicode(text: str) -> bool:
+    """False for what the command line makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(str(part) for part in path) or "config"
+
+
+def slot_schema(kind: str) -> Any:
+    """How pydantic decodes a slot: a name, or a table of a name and that component's settings."""
+    from pydantic import ValidationError
+    from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+    def decode(value: Any) -> Component:
+        if isinstance(value, Component):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict):
+            raise PydanticCustomError("slot", "{problem}", {"problem": f"expected the name of {_a(kind)} or a table, got {_shown(value)}"})
+        name = value.get("name")
+        if not isinstance(name, str):
+            listing = ", ".join(known(kind))
+            raise PydanticCustomError("slot", "{problem}", {"problem": f"which {kind}? give it a `name` (known: {listing})"})
+        try:
+            settings = lookup(kind, name).settings
+        except RegistryError as error:
+            problem = PydanticCustomError("slot", "{problem}", {"problem": str(error)})
+            raise ValidationError.from_exception_data(kind, [InitErrorDetails(type=problem, loc=("name",), input=name)]) from None
+        table = {key: item for key, item in value.items() if key != "name"}
+        return Component(kind, name, _adapter(settings).validate_json(json.dumps(table)))
+
+    return core_schema.no_info_plain_validator_function(decode, metadata={"titanlm_slot": kind})
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "dataclass_type": "a table",
+}
+
+
+def _messages(error: Any, root: type, tables: Any) -> Iterable[tuple[KeyPath, str]]:
+    """(path, text) of every problem; pydantic's words only where ours say no more."""
+    for item in error.errors(include_url=False):
+        path: KeyPath = item["loc"]
+        value, kind, context = item.get("input"), item["type"], item.get("ctx", {})
+        if kind == "json_invalid":  # the text is ours, so only its depth can be wrong
+            yield path, "nested too deeply"
+        elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
+            owner, names = _fields_at(root, tables, path[:-1])
+            yield path, f"unknown key{owner}{did_you_mean(str(path[-1]), names)} (keys: {', '.join(names)})"
+        elif kind in ("missing", "missing_argument"):
+            if path and isinstance(path[-1], int):
+                yield path[:-1], f"too short: item {path[-1]} is missing (counted from 0)"
+            else:
+                yield path, "missing; it has no default"
+        elif kind == "too_long":
+            yield path, f"expected {context['max_length']} items, got {context['actual_length']}"
+        elif kind in _EXPECTED:
+            yield path, f"expected {_EXPECTED[kind]}, got {_shown(value)}"
+        elif kind == "literal_error":
+            choices = re.findall(r"'([^']*)'", context["expected"])
+            hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+            yield path, f"expected {context['expected']}, got {_shown(value)}{hint}"
+        elif kind == "value_error":
+            for line in str(context["error"]).splitlines():
+                name, colon, text = line.partition(": ")
+                _, names = _fields_at(root, tables, path)
+                yield ((*path, name), text) if colon and name in names else (path, line)
+        else:
+            text = item["msg"].removeprefix("Input should be ").replace("greater", "a number greater").replace("less", "a number less", 1)
+            yield path, item["msg"] if text == item["msg"] else f"expected {text}, got {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _fields_at(root: type, tables: Any, path: KeyPath) -> tuple[str, list[str]]:
+    """(" of model 'decoder'", names of the settings) at a path, following slots by the names in the tables."""
+    current: Any = root
+    owner = ""
+    for part in path:
+        if isinstance(tables, dict):
+            tables = tables.get(part, {})
+        elif isinstance(tables, list) and isinstance(part, int):
+            tables = tables[part]
+        else:
+            tables = {}
+        if isinstance(part, int):
+            continue  # the annotation of the list already says what its items are
+        hints = get_type_hints(current, include_extras=True) if dataclasses.is_dataclass(current) else {}
+        current = hints.get(str(part))
+        slot = _slot_of(current)
+        if slot is not None:
+            items = tables if isinstance(tables, list) else [tables]
+            current, owner = (slot, items), ""
+        else:
+            current, owner = _dataclass_of(current), ""
+        if isinstance(current, tuple):
+            index = next((p for p in path[path.index(part) + 1 :][:1] if isinstance(p, int)), 0)
+            item = items[index] if index < len(items) else {}
+            name = item if isinstance(item, str) else item.get("name", "") if isinstance(item, dict) else ""
+            try:
+                current, owner = lookup(current[0].kind, name).settings, f" of {current[0].kind} {name!r}"
+            except RegistryError:
+                current = None
+    names = [item.name for item in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else []
+    return owner, names
+
+
+def _slot_of(annotation: Any) -> Slot | None:
+    for item in (annotation, *get_args(annotation)):
+        if isinstance(item, Slot):
+            return item
+        if item is not annotation and get_origin(item) is not None:
+            inner = _slot_of(item)
+            if inner is not None:
+                return inner
+    return None
+
+
+def _dataclass_of(annotation: Any) -> Any:
+    for item in (annotation, *get_args(annotation)):
+        if isinstance(item, type) and dataclasses.is_dataclass(item):
+            return item
+    return None

@@ -1,0 +1,45 @@
+"""Trade compute for memory: recompute parts of each block in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Results worth keeping: they cost matrix products to make again. Everything
+# else (norms, rotations, activations) is bound by memory and cheap to repeat.
+_aten = torch.ops.aten
+KEPT: frozenset[Any] = frozenset(
+    getattr(_aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply(blocks: Iterable[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
+    """Wrap each block's ``forward`` in place, so that parameter names keep.
+
+    Must come before compile: the compiler then sees the recomputation too.
+    """
+    if mode == "none":
+        return
+    keywords: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        keywords["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, **keywords)

@@ -1,0 +1,31 @@
+"""torch.compile, in place: names of parameters keep, and eager code can still be reached."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+from titanlm.environment import c_compiler
+
+
+def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Literal["none", "block", "model"]:
+    """Compile a train module's model as a whole or block by block; returns what was done.
+
+    ``block`` compiles one graph that all equal blocks share: quick to compile.
+    ``model`` lets the compiler fuse across blocks. A machine without a C
+    compiler cannot compile and says so once.
+    """
+    if mode == "none":
+        return mode
+    if c_compiler() is None:
+        print(f"WARNING: train.compile = {mode!r} needs a C compiler and none was found (cc, gcc, clang or $CC): training runs uncompiled", file=sys.stderr)
+        return "none"
+    if mode == "model":
+        module.model.compile(dynamic=False)
+    else:
+        for block in module.model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    for each in module.modules():
+        if hasattr(each, "compile_kernels"):
+            each.compile_kernels = True
+    return mode

@@ -1,0 +1,129 @@
+"""Finalize: from the last checkpoint of a run to an artifact that has been read back and scored.
+
+The order is fixed: averaged weights, adapters merged, fitted to the limit,
+encoded, written, read back from disk, scored. The scores before and after
+stand side by side, because a quantizer's cost is only visible that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanlm import checkpoint
+from titanlm.check import build_model, quantizer_claims
+from titanlm.config import RunConfig, dump
+from titanlm.errors import ConfigError
+from titanlm.evaluate import Scores, ValidationSet, score
+from titanlm.exporters.encoding import Encoded, ExportReport, ExportRequest
+from titanlm.targets import find_checkpoint, import_outside, materialise, require_tokenizer, stored_config, use_average
+from titanlm.weights import unique_names
+
+EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Encoded | Tensor]:
+    """Each tensor by the quantizer that claims it; the others as ``export.dtype``.
+
+    Raises ConfigError when a quantizer has no export side or a pattern has no effect.
+    """
+    claims = quantizer_claims(config, model)
+    if claims.problems:
+        raise ConfigError([f"quantizer.{problem}" for problem in claims.problems], "export")
+    encoded: dict[str, Encoded | Tensor] = {}
+    claimed = dict.fromkeys(tensors, None) | {
+        name: quantizer.build() for quantizer, names in zip(config.quantizer, claims.claimed, strict=True) for name in names
+    }
+    for name, tensor in tensors.items():
+        quantizer = claimed[name]
+        if quantizer is not None and hasattr(quantizer, "encode"):
+            encoded[name] = quantizer.encode(tensor)
+        else:
+            encoded[name] = tensor.to(EXPORT_DTYPES[config.export.dtype]) if tensor.is_floating_point() else tensor
+    return encoded
+
+
+def export_run(
+    run: Path,
+    *,
+    step: int | None = None,
+    output: Path | None = None,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    device: str = "auto",
+) -> str:
+    """Export a run's checkpoint; the text to print.
+
+    ``overrides`` change the stored config, so other quantizers or limits can be
+    tried on a finished run. Raises ArtifactError when the limit is exceeded.
+    """
+    from titanlm.train import choose_device
+
+    import_outside(imports)
+    chosen = choose_device(device)
+    folder = find_checkpoint(run, step)
+    state, text = checkpoint.load(folder)
+    config = stored_config(text, f"{folder}/config.toml", overrides)
+    tokenizer = config.tokenizer.build()
+    require_tokenizer(tokenizer, state["fingerprints"]["tokenizer"], str(folder))
+    run_dir = folder.parent.parent
+
+    module = materialise(config, tokenizer, state["model"], chosen, str(folder))
+    rows: list[tuple[str, list[Scores]]] = [("raw", score_all(module, config, tokenizer, chosen))]
+    if config.averager is not None and state["averagers"]:
+        use_average(config, module.model, state["averagers"][0])
+        rows.append(("averaged", score_all(module, config, tokenizer, chosen)))
+    tensors, plain = merged_weights(config, module.model, tokenizer)
+
+    exporter = config.export.exporter.build(model=module.model, tokenizer=tokenizer, run_dir=run_dir)
+    request = ExportRequest(
+        path=output or run_dir / "artifact.titanlm",
+        config_toml=dump(plain),
+        max_bytes=config.export.max_bytes,
+        tokenizer=config.export.tokenizer,
+        tokenizer_files=tokenizer.files(),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    shape = build_model(plain, tokenizer)
+    if config.fitter is not None:
+        fitter = config.fitter.build(max_bytes=config.export.max_bytes)
+        tensors = fitter.fit(tensors, lambda tensors: exporter.size_bytes(encode_tensors(config, shape, tensors), request))
+    report = exporter.write(encode_tensors(config, shape, tensors), request)
+    # From the file, not from memory: the score is of what was handed over.
+    read_back = materialise(plain, tokenizer, exporter.read(report.path), chosen, str(report.path))
+    rows.append(("after round trip", score_all(read_back, config, tokenizer, chosen)))
+    return describe(report, rows, config)
+
+
+def merged_weights(config: RunConfig, model: Any, tokenizer: Any) -> tuple[dict[str, Tensor], RunConfig]:
+    """The weights with adapters folded in, on the CPU, and the config without them."""
+    if model.adapter is not None:
+        model.adapter.merge()
+    plain = replace(config, adapter=None)
+    names = unique_names(build_model(plain, tokenizer))
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise ConfigError([f"adapter: merge() left the model without {', '.join(missing)}"], "export")
+    return {name: own[name].detach().to("cpu", copy=True) for name in names}, plain
+
+
+def score_all(module: Any, config: RunConfig, tokenizer: Any, device: torch.device) -> list[Scores]:
+    return [score(module, ValidationSet.build(entry, config, tokenizer), device) for entry in config.validation]
+
+
+def describe(report: ExportReport, rows: Sequence[tuple[str, Sequence[Scores]]], config: RunConfig) -> str:
+    """Scores side by side, then the bytes."""
+    lines = []
+    for index, entry in enumerate(config.validation):
+        lines.append(f"{entry.name:<18} {'loss':>10} {'perplexity':>12} {'bits/byte':>10}")
+        for name, scores in rows:
+            lines.append(f"  {name:<16} {scores[index].loss:>10.4f} {scores[index].perplexity:>12.3f} {scores[index].bits_per_byte:>10.4f}")
+    limit = f" of {config.export.max_bytes:,} allowed" if config.export.max_bytes is not None else ""
+    lines.append(f"{report.path}: {report.n_bytes:,} bytes{limit} ({report.codec}, {report.layout})")
+    return "\n".join(lines)

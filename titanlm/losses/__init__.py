@@ -1,0 +1,1 @@
+"""Losses, one a file; ``chunked`` is the engine that runs every one of them."""

@@ -1,0 +1,133 @@
+"""Causal attention with grouped queries, inside documents, on three backends.
+
+What a query may see is decided once a forward pass (:func:`attention_mask`)
+and handed to every layer in the form that its kernel wants:
+
+* None: plain causal. Only this reaches the flash kernels of SDPA (cuDNN on
+  Hopper), which know no documents.
+* a bool tensor (B, 1, T, S), True where seen: document masking through SDPA
+  or plain matrix products, with memory quadratic in T.
+* a ``BlockMask``: document masking through FlexAttention, which skips blocks
+  without a visible pair. Its backward exists on CUDA alone.
+
+Grouped queries: Ainslie et al. 2023, arXiv:2305.13245. Query and key norms:
+Henry et al. 2020, arXiv:2010.04245. FlexAttention: Dong et al. 2024,
+arXiv:2412.05496.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titanlm.errors import TitanError
+from titanlm.models.layers.compiled import compiled
+from titanlm.models.layers.linear import Linear
+from titanlm.models.layers.norm import RMSNorm
+from titanlm.models.layers.rope import rotate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from titanlm.batch import Batch
+    from titanlm.models.layers.cache import KVCache, LayerCache
+
+Backend: TypeAlias = Literal["auto", "sdpa", "flex", "math"]
+Mask: TypeAlias = "Tensor | BlockMask | None"
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; legend as in the package, S keys, dh head_dim."""
+
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, *, qk_norm: bool, norm_eps: float, backend: Backend
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.backend = backend
+        self.q_proj = Linear(d_model, n_heads * head_dim)
+        self.k_proj = Linear(d_model, n_kv_heads * head_dim)
+        self.v_proj = Linear(d_model, n_kv_heads * head_dim)
+        self.o_proj = Linear(n_heads * head_dim, d_model)
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: tuple[LayerCache, Tensor, int] | None = None) -> Tensor:
+        """(B, T, D) → (B, T, D).
+
+        ``past`` is this layer's cache, the positions (B, T) of ``x`` and the
+        number of slots in use, for decoding.
+        """
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past is not None:
+            cache, positions, used = past
+            k, v = cache.update(positions, k, v, used)
+        attend = _attend_math if self.backend == "math" else _attend_sdpa if mask is None or isinstance(mask, Tensor) else _attend_flex
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def attention_mask(batch: Batch, backend: Backend, cache: KVCache | None = None) -> Mask:
+    """What each position of ``batch`` sees, for every layer of one forward pass.
+
+    With a cache the batch is a continuation of one document a row, and a
+    position sees the slots up to its own. Raises TitanError where "flex" is
+    asked for without a CUDA device.
+    """
+    positions, ids = batch.positions, batch.document_ids
+    if cache is not None:
+        slots = torch.arange(cache.used, device=positions.device)
+        return (slots <= positions[..., None])[:, None]
+    on_cuda = positions.device.type == "cuda"
+    if backend == "flex" and not on_cuda:
+        raise TitanError(f'model.attention_backend = "flex" trains on CUDA alone, not on {positions.device.type}; use "auto" or "sdpa"')
+    if backend == "flex" or (backend == "auto" and on_cuda and batch.document_mask):
+        return _block_mask(ids if batch.document_mask else torch.zeros_like(ids))
+    if not batch.document_mask:
+        return None
+    n = ids.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
+    return (causal & (ids[:, :, None] == ids[:, None, :]))[:, None]
+
+
+def _block_mask(ids: Tensor) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (ids[b, q] == ids[b, k])
+
+    # Uncompiled, create_block_mask writes the whole (B, T, T) mask first.
+    create: Any = create_block_mask if torch.compiler.is_compiling() else compiled(create_block_mask)
+    n_rows, n = ids.shape
+    block_mask: BlockMask = create(sees, n_rows, None, n, n, device=ids.device)
+    return block_mask
+
+
+# Each takes q (B, H, T, dh), k and v (B, K, S, dh) and gives (B, H, T, dh) in the dtype of q.
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend: Any = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+    y: Tensor = attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return y
+
+
+def _attend_math(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(wide) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype) @ v

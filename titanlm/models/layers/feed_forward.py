@@ -1,0 +1,37 @@
+"""The position-wise network of a block.
+
+``swiglu``: W_down(silu(W_gate x) · W_up x), Shazeer 2020, arXiv:2002.05202.
+``relu2``: W_down(relu(W_up x)²), So et al. 2021, arXiv:2109.08668.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titanlm.models.layers.linear import Linear
+
+Activation: TypeAlias = Literal["swiglu", "relu2"]
+
+
+def default_width(d_model: int, activation: Activation) -> int:
+    """The width at which the network has about 8·d_model² parameters: a multiple of 64, at least d_model."""
+    exact = 8 * d_model / 3 if activation == "swiglu" else 4 * d_model
+    return max(64 * round(exact / 64), d_model)
+
+
+class FeedForward(nn.Module):
+    """(..., D) → (..., D) through ``d_ff`` units."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: Activation) -> None:
+        super().__init__()
+        self.gate_proj = Linear(d_model, d_ff) if activation == "swiglu" else None
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        inner = F.relu(up).square() if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
+        return self.down_proj(inner)

@@ -1,0 +1,30 @@
+"""A matrix with fp32 masters and compute in the dtype of its input.
+
+The same class serves fp32 and bf16 runs, one GPU and many: the cast is part of
+the graph, so its backward turns the bf16 product into an fp32 gradient, and no
+autocast context decides behind one's back.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """``x @ weight.T`` without bias.
+
+    ``weight`` is (n_out, n_in), fp32, empty until the model's ``init_weights``.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) → (..., n_out), in the dtype of ``x``."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

@@ -1,0 +1,25 @@
+"""int6: symmetric integers of 6 bits, one scale a row, on export only; the maths is in ``rowwise``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from titanlm.quantizers.rowwise import Rowwise
+from titanlm.registry import register
+
+
+@dataclass(frozen=True)
+class Int6Config:
+    """Settings of the quantizer ``int6``."""
+
+    params: tuple[str, ...] = ("@matrix", "@embedding", "@head")
+    """Globs of parameter names; "@role" stands for every parameter of that role. The first quantizer that matches takes the parameter."""
+    scale_dtype: Literal["float16", "float32"] = "float16"
+    """How a row's scale is stored; float32 for rows whose scale exceeds 65,504 or lies under 6e-8."""
+
+
+@register("quantizer", "int6")
+def int6(config: Int6Config) -> Rowwise:
+    """Integers in [-32, 31] times a scale a row."""
+    return Rowwise("int6", bits=6, scale_dtype=config.scale_dtype)

@@ -1,0 +1,161 @@
+"""Open what a user points at: a run folder, a checkpoint folder or an artifact."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titanlm import checkpoint
+from titanlm.check import build_model
+from titanlm.config import RunConfig, loads
+from titanlm.errors import CheckpointError, ConfigError, TitanError
+from titanlm.weights import load_weights, unique_names
+
+
+@dataclass
+class Target:
+    """A model ready to be scored or sampled from."""
+
+    config: RunConfig
+    tokenizer: Any
+    module: Any
+    """A TrainModule in eval mode."""
+    device: torch.device
+    source: str
+    weights: str
+    """"raw", "averaged" or "artifact"."""
+
+
+def import_outside(modules: Sequence[str]) -> None:
+    """Import modules the user named, so that their components can be looked up.
+
+    Stored configs never import by themselves: they may come from others.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+                raise
+            raise ConfigError([f"--import {module}: no module named {error.name!r}"], "command line") from None
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """The checkpoint that a run folder, a checkpoint folder and a step mean.
+
+    Raises CheckpointError naming what is there instead.
+    """
+    if path.name.startswith("step-") and path.is_dir():
+        return path
+    root = path / "checkpoints"
+    if not root.is_dir():
+        raise CheckpointError(f"{path}: not a run folder (no checkpoints in it), a checkpoint folder or an artifact file")
+    if step is not None:
+        folder = root / f"step-{step:08d}"
+        if not folder.is_dir():
+            there = ", ".join(str(number) for number, _ in checkpoint.steps(root)) or "none"
+            raise CheckpointError(f"{path}: no checkpoint of step {step} (there: {there})")
+        return folder
+    found = checkpoint.latest(root)
+    if found is None:
+        raise CheckpointError(f"{path}: no valid checkpoint in it yet")
+    return found
+
+
+def stored_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A stored config, with overrides laid over it."""
+    from titanlm.config_sources import override
+
+    if not overrides:
+        return loads(text, source)
+    import tomli
+    import tomli_w
+
+    tables = tomli.loads(text)
+    override(tables, overrides, {})
+    return loads(tomli_w.dumps(tables), source)
+
+
+def materialise(config: RunConfig, tokenizer: Any, weights: dict[str, Any], device: torch.device, source: str) -> Any:
+    """A TrainModule in eval mode with the given weights on a device."""
+    from titanlm.precision import set_precision
+    from titanlm.train_module import TrainModule
+
+    model = build_model(config, tokenizer)
+    model.to_empty(device=device)
+    model.init_weights(config.train.seed)  # for what is not stored: buffers that are computed
+    load_weights(model, weights, source)
+    module = TrainModule(model, config.loss.build()).eval()
+    set_precision(module, config.train.precision)
+    return module
+
+
+def open_target(
+    path: Path, *, overrides: Sequence[str] = (), imports: Sequence[str] = (), device: str = "auto", averaged: bool | None = None
+) -> Target:
+    """Open a run folder, a checkpoint folder or an artifact file.
+
+    Raises TitanError when it is none of them, is damaged, or was made with
+    another tokenizer than the one found now.
+    """
+    from titanlm.train import choose_device
+
+    import_outside(imports)
+    chosen = choose_device(device)
+    if path.is_file():
+        return _open_artifact(path, overrides, chosen)
+    if not path.exists():
+        raise TitanError(f"{path}: no such run folder, checkpoint folder or artifact file")
+    folder = find_checkpoint(path)
+    state, text = checkpoint.load(folder)
+    config = stored_config(text, f"{folder}/config.toml", overrides)
+    tokenizer = config.tokenizer.build()
+    require_tokenizer(tokenizer, state["fingerprints"]["tokenizer"], str(folder))
+    weights, label = state["model"], "raw"
+    if averaged and not state["averagers"]:
+        raise TitanError(f"{folder}: the run has no averager, so there are no averaged weights")
+    module = materialise(config, tokenizer, weights, chosen, str(folder))
+    if state["averagers"] and averaged is not False and config.averager is not None:
+        use_average(config, module.model, state["averagers"][0])
+        label = "averaged"
+    return Target(config, tokenizer, module, chosen, str(folder), label)
+
+
+def use_average(config: RunConfig, model: Any, state: dict[str, Any]) -> None:
+    """Put the averaged weights into the model for good; the averager itself knows what its state means."""
+    assert config.averager is not None
+    averager = config.averager.build(model=model)
+    averager.load_state_dict(state)
+    with averager.swap():
+        average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    load_weights(model, {name: average[name] for name in unique_names(model)}, "averaged weights")
+
+
+def require_tokenizer(tokenizer: Any, fingerprint: str, source: str) -> None:
+    """Raise TitanError when text would get other ids than in training."""
+    if tokenizer.fingerprint != fingerprint:
+        raise TitanError(f"{source}: made with another tokenizer than the one found now (fingerprints differ); its scores would mean nothing")
+
+
+def _open_artifact(path: Path, overrides: Sequence[str], device: torch.device) -> Target:
+    from dataclasses import replace
+
+    from titanlm.exporters.artifact import read_artifact
+    from titanlm.exporters.encoding import decode_tensors
+    from titanlm.tokenizers.rebuild import rebuild
+
+    artifact = read_artifact(path)
+    # The adapter was merged before the artifact was written.
+    config = replace(stored_config(artifact.config_toml, str(path), overrides), adapter=None)
+    tokenizer = rebuild(config.tokenizer, artifact.tokenizer_files)
+    require_tokenizer(tokenizer, artifact.tokenizer_fingerprint, str(path))
+    module = materialise(config, tokenizer, decode_tensors(artifact.tensors), device, str(path))
+    return Target(config, tokenizer, module, device, str(path), "artifact")

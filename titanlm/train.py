@@ -1,0 +1,443 @@
+"""The trainer: build, loop, one step.
+
+``Trainer.__init__`` is a checklist in the order in which things depend on one
+another. ``train`` is the loop with everything that happens between steps.
+``train_step`` is the step itself, the same for every feature: what differs is
+in the components.
+
+Launch: ``titanlm train FILE`` or ``torchrun -m titanlm.train FILE``.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanlm import checkpoint, randomness
+from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
+from titanlm.config import RunConfig, diff, dump, loads
+from titanlm.data import Loader, StepData, build_streams
+from titanlm.distributed import activation_checkpointing
+from titanlm.distributed.compile import compile_module
+from titanlm.distributed.world import World
+from titanlm.environment import requirements
+from titanlm.errors import CheckpointError, ConfigError, TitanError
+from titanlm.evaluate import ValidationSet, score
+from titanlm.guard import FiniteGuard
+from titanlm.interrupts import Interrupted, Interrupts
+from titanlm.loggers.group import LoggerGroup
+from titanlm.metrics import StepMeter, bits_per_byte, peak_flops
+from titanlm.patterns import NamedParam
+from titanlm.precision import set_precision
+from titanlm.profiling import ProfileWindow
+from titanlm.progress import Phase, Phases, Progress
+from titanlm.runs import RunFolder
+from titanlm.train_module import TrainModule
+from titanlm.weights import load_weights, unique_names
+
+RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.threads", "data.prefetch")
+RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "quantizer", "imports")
+"""Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises TitanError when CUDA is asked for and absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TitanError("train.device: 'cuda' is not available here; `titanlm env` says what is")
+    return torch.device(name)
+
+
+class Trainer:
+    """One run on this process. Use as a context manager, so that locks and files are released."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        train = config.train
+
+        # 1. Everything that can be wrong is found before a device is touched or a file written.
+        report = preflight(config)
+        self.world = World.from_environment()
+
+        # 2. Device and seeds. Determinism first: cuBLAS reads its setting at the first CUDA call.
+        if train.deterministic:
+            randomness.make_deterministic()
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        self.device = choose_device(train.device)
+        torch.set_float32_matmul_precision("highest" if train.deterministic else "high")
+        randomness.seed_everything(train.seed, self.world.rank)
+
+        # 3. The run folder, locked: two trainers in one would overwrite each other's checkpoints.
+        self.folder = RunFolder.open(Path(config.run.dir), config.run.name, dump(config))
+        try:
+            self._build(report)
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _build(self, report: Report) -> None:
+        config, train = self.config, self.config.train
+        self.checkpoints = self.folder.path / "checkpoints"
+        checkpoint.sweep(self.checkpoints)
+        self.loggers = LoggerGroup([logger.build(run_dir=self.folder.path) for logger in config.logger])
+
+        # 4. Tokenizer, then data: streams know its ids, and the model its vocabulary.
+        self.tokenizer = report.tokenizer
+        self.phases = Phases([(0, first_phase(config, self.world))])
+        streams = build_streams(
+            config.dataset,
+            config.packer,
+            self.tokenizer,
+            split="train",
+            n_streams=config.data.n_streams,
+            seed=train.seed,
+            seq_len=self.phases.max_seq_len,
+        )
+        self.fingerprints = {"tokenizer": self.tokenizer.fingerprint, "dataset": streams[0].fingerprint}
+        self.loader = Loader(
+            streams,
+            world_size=self.world.size,
+            rank=self.world.rank,
+            document_mask=config.data.document_mask,
+            prefetch=config.data.prefetch,
+        )
+
+        # 5. Model on the meta device, changed by adapter and quantizers; nothing is allocated yet.
+        model = build_model(config, self.tokenizer)
+
+        # 6. Recomputation is set up before the model is compiled, so that the compiler plans it.
+        activation_checkpointing.apply(model.blocks, train.activation_checkpointing)
+
+        # 7. Memory and initial weights, drawn by seed and name and so the same on every device and world size.
+        model.to_empty(device=self.device)
+        with torch.no_grad():
+            model.init_weights(train.seed)
+        self.module = TrainModule(model, config.loss.build()).train()
+        self.model: Any = model
+        set_precision(self.module, train.precision)
+
+        # 8. Compiled in place: state keeps its names. Each phase's shapes compile once.
+        self.compiled = compile_module(self.module, train.compile)
+
+        # 9. Optimizers over the materialised parameters; each knows its peak learning rate.
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        parameters, roles = dict(model.named_parameters()), roles_of(model)
+        self.optimizers = [
+            entry.build(named_params=[NamedParam(name, parameters[name], roles[name]) for name in names])
+            for entry, names in zip(config.optimizer, optimizer_claims(config, model).claimed, strict=True)
+        ]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = float(group["lr"])
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.scheduler = config.scheduler.build(total_steps=train.steps)
+        self.averagers = [config.averager.build(model=model)] if config.averager is not None else []
+        self.hooks = [module.on_step_end for module in model.modules() if hasattr(module, "on_step_end")]
+
+        # 10. What watches and reports.
+        self.guard = FiniteGuard(self.optimizers, self.device, remember=train.log_every + 1)
+        self.meter = StepMeter(self.model.flops_per_token(self.phases.max_seq_len), peak_flops(self.device), self.device)
+        self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
+        self.profile = ProfileWindow(config.profile, self.folder.path)
+        self.interrupts = Interrupts()
+
+        # 11. Last, what an earlier start of this run left: it replaces all of the above's initial state.
+        self.progress = Progress()
+        self.saved_step = -1
+        self._reset_interval()
+        self.rng = randomness.capture()
+        self._resume()
+        self.loggers.start(self.progress.step)
+
+    # ------------------------------------------------------------ the step
+    def train_step(self) -> None:
+        """One optimizer step. Raises Interrupted between micro-batches, before anything has changed."""
+        phase = self.phases.at(self.progress)
+        data = self.loader.next(phase)
+        loss, nll = torch.zeros((2,), device=self.device)
+        for batch in data.micro_batches:
+            self.interrupts.check()
+            sums, aux = self.module(batch.to(self.device))
+            objective = (sums.loss + sum(aux.values())) / max(1, data.n_valid)
+            objective.backward()
+            loss += objective.detach()
+            nll += sums.nll
+        grad_norm = clip_gradients(self.trained, phase.clip)
+        self.guard.observe(self.progress.step, data.document_ids, loss, grad_norm)
+        self._set_learning_rates(phase)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for hook in self.hooks:
+            hook()
+        self._advance(data, loss, nll, grad_norm)
+        for averager in self.averagers:
+            averager.update(self.progress)
+        self.rng = randomness.capture()
+
+    def _set_learning_rates(self, phase: Phase) -> None:
+        factor = self.scheduler.factor(self.progress) * phase.lr_multiplier
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                lr = group["peak_lr"] * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+
+    def _advance(self, data: StepData, loss: Tensor, nll: Tensor, grad_norm: Tensor) -> None:
+        """The step is done: move the clock and the data's cursor together."""
+        self.loader.commit()
+        self.meter.step(data.n_tokens, self.loader.stall_s)
+        self.progress = Progress(self.progress.step + 1, self.progress.tokens + data.n_tokens, self.meter.elapsed_s)
+        self.interval_loss += loss
+        self.interval_nll += nll
+        self.interval_steps += 1
+        self.interval_valid += data.n_valid
+        self.interval_bytes += data.n_bytes
+        self.grad_norm = grad_norm
+
+    # ------------------------------------------------------------ the loop
+    def train(self) -> Path | None:
+        """Train to ``train.steps``; returns the last checkpoint, or None when the run was already finished.
+
+        On SIGINT or SIGTERM the step under way is abandoned, the last completed
+        one is saved and Interrupted is raised.
+        """
+        train, every = self.config.train, self.config.checkpoint.every
+        if self.progress.step >= train.steps:
+            self.loggers.message(f"{self.folder.path}: already at step {self.progress.step} of {train.steps}; raise train.steps to go on")
+            return None
+        if train.gc_every:
+            gc.disable()  # a collection in the middle of a step stalls the device
+        try:
+            with self.interrupts:
+                self.meter.start()
+                while self.progress.step < train.steps:
+                    self.profile.before_step(self.progress.step + 1)
+                    self.train_step()
+                    step, last = self.progress.step, self.progress.step == train.steps
+                    if (trace := self.profile.after_step(step)) is not None:
+                        self.loggers.message(f"profile of {self.config.profile} written to {trace}")
+                    if step % train.log_every == 0 or last:
+                        self.log()
+                    # Saved before it is validated: a failing validation must not cost the training before it.
+                    if (every and step % every == 0) or last:
+                        self.save()
+                    if (train.validate_every and step % train.validate_every == 0) or last:
+                        self.validate()
+                    if train.sample_every and step % train.sample_every == 0:
+                        self.sample()
+                    if train.gc_every and step % train.gc_every == 0:
+                        with self.meter.pause():
+                            gc.collect()
+        except Interrupted as interrupted:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            self.save()
+            self.loggers.message(f"{interrupted}: saved step {self.progress.step}; start again to go on from there")
+            raise
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+                raise TitanError(out_of_memory(self.config, error)) from error
+            raise
+        finally:
+            gc.enable()
+        return self.checkpoints / f"step-{self.progress.step:08d}"
+
+    def log(self) -> None:
+        """Metrics since the last log step. The only place that waits for the device in an ordinary step."""
+        self.guard.check()
+        nll, n_bytes = float(self.interval_nll), self.interval_bytes
+        metrics = {"loss": float(self.interval_loss) / self.interval_steps, "grad_norm": float(self.grad_norm)}
+        if n_bytes:
+            metrics["bits_per_byte"] = bits_per_byte(nll, n_bytes)
+        for index, (entry, optimizer) in enumerate(zip(self.config.optimizer, self.optimizers, strict=True)):
+            rates = dict.fromkeys(float(group["lr"]) for group in optimizer.param_groups)
+            for position, lr in enumerate(rates):
+                label = entry.name if len(self.optimizers) == 1 else f"{index}.{entry.name}"
+                metrics[f"lr/{label}" if position == 0 else f"lr/{label}.{position}"] = lr
+                metrics.setdefault("lr", lr)
+        metrics |= {"tokens": float(self.progress.tokens), "total_steps": float(self.config.train.steps)}
+        metrics |= self.meter.report(remaining_steps=self.config.train.steps - self.progress.step)
+        self.loggers.log(self.progress.step, metrics)
+        self._reset_interval()
+
+    def _reset_interval(self) -> None:
+        self.interval_loss = torch.zeros((), device=self.device)
+        self.interval_nll = torch.zeros((), device=self.device)
+        self.interval_steps = self.interval_valid = self.interval_bytes = 0
+
+    def validate(self) -> dict[str, float]:
+        """Score every set with the raw weights and, where there is an averager, the averaged ones."""
+        self.guard.check()
+        metrics = {}
+        with self.meter.pause():
+            for entry in self.validation:
+                metrics |= score(self.module, entry, self.device).metrics(f"validation/{entry.name}")
+                for averager in self.averagers:
+                    with averager.swap():
+                        metrics |= score(self.module, entry, self.device).metrics(f"validation/{entry.name}", "averaged_")
+        self.loggers.log(self.progress.step, metrics)
+        return metrics
+
+    def sample(self) -> None:
+        """Print what the model makes of the sample prompt now."""
+        from titanlm.generate import continue_text
+
+        with self.meter.pause():
+            prompt = self.config.train.sample_prompt
+            text = "".join(continue_text(self.model, self.tokenizer, prompt, max_tokens=128, temperature=0.8, seed=self.config.train.seed))
+            self.loggers.message(f"sample at step {self.progress.step}: {prompt}{text}")
+
+    # ------------------------------------------------------------ state
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on as if it had not stopped."""
+        return {
+            "progress": {"step": self.progress.step, "tokens": self.progress.tokens, "elapsed_s": self.progress.elapsed_s},
+            "model": {name: self.model.state_dict()[name] for name in unique_names(self.model)},
+            "optimizers": [checkpoint.optimizer_state(optimizer, self.names) for optimizer in self.optimizers],
+            "averagers": [averager.state_dict() for averager in self.averagers],
+            "data": self.loader.state(),
+            "rng": [self.rng],
+            "interval": {
+                "loss": self.interval_loss, "nll": self.interval_nll,
+                "steps": self.interval_steps, "valid": self.interval_valid, "bytes": self.interval_bytes,
+            },
+            "fingerprints": self.fingerprints,
+        }  # fmt: skip
+
+    def save(self) -> None:
+        """Write a checkpoint of the last completed step, unless it is there already."""
+        if self.saved_step == self.progress.step:
+            return
+        self.guard.check()
+        with self.meter.pause():
+            checkpoint.save(self.checkpoints, self.progress.step, self.state(), dump(self.config))
+            checkpoint.rotate(self.checkpoints, self.config.checkpoint.keep_last, self.progress.step)
+        self.saved_step = self.progress.step
+
+    def _resume(self) -> None:
+        """Take up the newest valid checkpoint of the run folder, if there is one."""
+        folder = checkpoint.latest(self.checkpoints)
+        if folder is None:
+            return
+        if self.config.checkpoint.resume == "never":
+            raise CheckpointError(f"{self.folder.path} holds checkpoints and checkpoint.resume is 'never'; choose another run.name")
+        state, stored = checkpoint.load(folder)
+        require_same_run(loads(stored, f"{folder}/config.toml"), self.config, folder)
+        changed = [what for what, value in self.fingerprints.items() if state["fingerprints"].get(what) != value]
+        if changed:
+            raise CheckpointError(f"{folder}: the {' and the '.join(changed)} changed since it was saved; a resumed run would read other data")
+        load_weights(self.model, state["model"], str(folder))
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            checkpoint.restore_optimizer(optimizer, self.names, saved)
+        for averager, saved in zip(self.averagers, state["averagers"], strict=True):
+            averager.load_state_dict(saved)
+        self.loader.restore(state["data"])
+        self.progress = Progress(**state["progress"])
+        self.meter.elapsed_s = self.progress.elapsed_s
+        interval = state["interval"]
+        self.interval_loss, self.interval_nll = interval["loss"].to(self.device), interval["nll"].to(self.device)
+        self.interval_steps, self.interval_valid, self.interval_bytes = interval["steps"], interval["valid"], interval["bytes"]
+        self.rng = state["rng"][self.world.rank]
+        randomness.restore(self.rng)
+        self.saved_step = self.progress.step
+        self.loggers.message(f"resumed from {folder} (step {self.progress.step}, {self.progress.tokens:,} tokens)")
+
+    def close(self) -> None:
+        self.loader.close()
+        self.loggers.close()
+        self.folder.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def preflight(config: RunConfig) -> Report:
+    """Check a config; print warnings, raise ConfigError with every problem."""
+    report = check(config)
+    problems = report.problems + requirements(config)
+    if problems:
+        raise ConfigError(problems, config.run.name or "config")
+    for warning in report.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return report
+
+
+def first_phase(config: RunConfig, world: World) -> Phase:
+    train = config.train
+    rows = train.micro_batch * world.size
+    if train.global_batch % rows:
+        problem = f"{train.global_batch} rows cannot be made of micro-batches of {train.micro_batch} on {world.size} ranks"
+        raise ConfigError([f"train.global_batch: {problem}"])
+    return Phase(train.seq_len, train.micro_batch, train.global_batch // rows, clip=train.clip or None)
+
+
+def clip_gradients(parameters: list[Any], largest: float | None) -> Tensor:
+    """The gradients' norm before clipping, 0-d on the device; nothing waits for it."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if largest is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
+def require_same_run(stored: RunConfig, config: RunConfig, folder: Path) -> None:
+    """Raise CheckpointError with the settings that differ and may not on resume."""
+    changed = [
+        f"{path}: {before!r} → {after!r}"
+        for path, before, after in diff(stored, config)
+        if not path.startswith(RESUMABLE) and not path.startswith(RESUMABLE_SECTIONS)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder} was saved with other settings; go back to them or choose another run.name:\n  " + "\n  ".join(changed)
+        )
+
+
+def out_of_memory(config: RunConfig, error: BaseException) -> str:
+    """What to change, from the cheapest remedy on."""
+    train = config.train
+    return (
+        f"out of memory: {str(error).splitlines()[0]}\n"
+        f"  train.micro_batch = {train.micro_batch}: halve it; train.global_batch stays and accumulation doubles\n"
+        f"  train.activation_checkpointing = {train.activation_checkpointing!r}: 'selective' or 'full' recompute instead of keeping\n"
+        f"  loss.chunk_tokens = {config.loss.config.chunk_tokens}: fewer positions of logits at once (0 keeps all of them)"
+    )
+
+
+def train(config: RunConfig) -> int:
+    """Train a config and, with ``export.at_end``, export it; returns the exit status."""
+    with Trainer(config) as trainer:
+        try:
+            trainer.train()
+        except Interrupted:
+            return 130
+        path = trainer.folder.path
+    if config.export.at_end:
+        from titanlm.export import export_run
+
+        print(export_run(path))
+    return 0
+
+
+def dry_run(config: RunConfig) -> str:
+    """Check a config and say what it would take, on the meta device only."""
+    return preflight(config).summary
+
+
+if __name__ == "__main__":
+    from titanlm.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

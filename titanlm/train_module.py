@@ -1,0 +1,55 @@
+"""What is trained: a model and its loss, as one module.
+
+It is what is sharded, and the only thing the training step and validation
+call, so that head, last norm and tied embedding are gathered once for the
+model's forward pass and for the loss.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from titanlm.errors import TitanError
+from titanlm.losses.chunked import LossSums, loss_sums
+
+if TYPE_CHECKING:
+    from titanlm.batch import Batch
+    from titanlm.registry import Loss
+
+
+class TrainModule(nn.Module):
+    """``forward(batch) → (LossSums, aux)``.
+
+    ``compute_dtype`` and ``compile_kernels`` are set by the trainer on every
+    module that has them.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.compute_dtype = torch.float32
+        self.compile_kernels = False
+
+    def forward(self, batch: Batch) -> tuple[LossSums, dict[str, Tensor]]:
+        """Sums over the trained labels, and the model's auxiliary sums by name, token-weighted.
+
+        Raises TitanError when the hidden states come in another dtype than
+        ``compute_dtype``: a run is never silently fp32, nor silently bf16.
+        """
+        output = self.model(batch)
+        hidden, aux = output if isinstance(output, tuple) else (output, {})
+        if hidden.dtype != self.compute_dtype:
+            raise TitanError(
+                f"{type(self.model).__name__} computed in {_short(hidden.dtype)} where {_short(self.compute_dtype)} is asked for; "
+                "cast the embedding's output to its compute_dtype and every weight to its input's dtype"
+            )
+        head = cast(nn.Module, self.model.head)
+        return loss_sums(hidden, batch.labels, head, self.loss, compile_kernels=self.compile_kernels), aux
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
