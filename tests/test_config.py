@@ -473,11 +473,11 @@ def test_hostile_files_are_one_config_error(write: Any, content: bytes, problem:
 
 
 def test_a_flood_of_mistakes_is_cut_short(write: Any) -> None:
-    for flood in ("".join(f"k{i} = 1\n" for i in range(20_000)), "[[validation]]\nx = 1\n" * 20_000):
+    for flood in ("".join(f"k{i} = 1\n" for i in range(2000)), "[[validation]]\nx = 1\n" * 2000):
         assert len(problems_of(write(GOOD + flood))) == MAX_PROBLEMS + 1
-    problems = problems_of(write(GOOD.replace("logger =", "# ") + '[[logger]]\nname = "toy_loger"\n' * 20_000))
+    problems = problems_of(write(GOOD.replace("logger =", "# ") + '[[logger]]\nname = "toy_loger"\n' * 2000))
     assert len(problems) == MAX_PROBLEMS + 1
-    assert problems[0].endswith("logger: 20000 items; at most 100")
+    assert problems[0].endswith("logger: 2000 items; at most 100")
 
 
 def test_bom_and_crlf(write: Any) -> None:
@@ -500,7 +500,7 @@ def test_random_damage_is_a_config_error_or_a_config(write: Any) -> None:
     source = random.Random(1)
     text = GOOD + '[train]\nsteps = 3\nclip = 1.5\n[[validation]]\nname = "a"\n[validation.dataset]\nname = "toy_dataset"\n[run]\nname = "x"\n'
     pieces = ["[", "]", "{", "}", '"', "'", "=", ".", ",", "\n", "#", "\\", "0", "-1", "nan", "true", "1979-05-27", '"""', "é", "\t", "[[", "toy"]
-    for _ in range(300):
+    for _ in range(200):
         damaged = text
         for _ in range(source.randint(1, 3)):
             at = source.randrange(len(damaged))
@@ -513,7 +513,7 @@ def test_random_damage_is_a_config_error_or_a_config(write: Any) -> None:
 
 def test_every_setting_refuses_values_of_other_types(write: Any) -> None:
     """Each plain field of each section, mutated once: refused under its own path, or the value is of its type."""
-    config = load(write())
+    config = load(write(GOOD.replace('"toy"', '{name = "toy", inner = "toy_packer"}')))
     wrong = {int: ['"1000"', "true", "1.0", "1979-05-27", "[1]"], float: ['"1"', "true", "nan", "inf"], bool: ["1", '"true"'], str: ["3", "true", "[]"]}
     n_tried = 0
     for path, value in flatten(config).items():

@@ -90,7 +90,7 @@ def greedy(config: GoodConfig, *, named_parms: Any) -> None: ...
         (bare, "BareConfig lacks params, which the trainer reads from every optimizer"),
         (unresolvable, "cannot resolve the annotation 'Nowhere' of its settings"),
         (positional, "'named_params' must be keyword-only (put `*,` before it)"),
-        (greedy, "asks for 'named_parms', which a optimizer is not offered; did you mean 'named_params'? (offered: named_params)"),
+        (greedy, "asks for 'named_parms', which no optimizer is offered; did you mean 'named_params'? (offered: named_params)"),
     ],
 )
 def test_a_wrong_signature_is_refused_with_file_and_line(factory: Any, text: str) -> None:
@@ -127,7 +127,8 @@ def test_a_taken_name_names_both_places() -> None:
     assert lookup("optimizer", "fake").factory is first
 
 
-def test_a_built_in_name_cannot_be_taken_even_before_it_is_imported() -> None:
+def test_a_built_in_name_cannot_be_taken_even_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_entries", {})  # nothing was imported
     name, origin = next(iter(known("scheduler").items()))
     with pytest.raises(RegistryError) as caught:
         register("scheduler", name)(typed := lookup_free)

@@ -213,7 +213,7 @@ def test_command_exits_130_on_ctrl_c_and_resumes(tiny: Path) -> None:
 
 
 def test_non_finite_loss_stops_before_the_update(tiny: Path) -> None:
-    with Trainer(load(tiny, ["--run.name=nan", "--train.log_every=4", "--checkpoint.every=2"])) as trainer:
+    with Trainer(load(tiny, ["--run.name=poisoned", "--train.log_every=4", "--checkpoint.every=2"])) as trainer:
         forward, calls = trainer.module.forward, []
 
         def poisoned(batch):
@@ -234,7 +234,7 @@ def test_non_finite_loss_stops_before_the_update(tiny: Path) -> None:
             assert torch.equal(parameter, weights[name]), name
         after = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
         assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
-    assert [step for step, _ in checkpoint.steps(tiny.parent / "runs" / "nan" / "checkpoints")] == [2]
+    assert [step for step, _ in checkpoint.steps(tiny.parent / "runs" / "poisoned" / "checkpoints")] == [2]
 
 
 def test_out_of_memory_names_the_three_settings(tiny: Path) -> None:

@@ -313,7 +313,7 @@ def _inspect(kind: Kind, name: str, factory: Callable[..., Any]) -> Entry:
                 continue
             offered = ", ".join(sorted(kind.runtime)) or "none"
             hint = did_you_mean(parameter.name, kind.runtime)
-            raise RegistryError(f"{here}: asks for {parameter.name!r}, which a {kind.name} is not offered{hint} (offered: {offered})")
+            raise RegistryError(f"{here}: asks for {parameter.name!r}, which no {kind.name} is offered{hint} (offered: {offered})")
         asked.add(parameter.name)
     # Read by pydantic when a config is loaded; a plain dict, so that nothing is imported here.
     settings.__pydantic_config__ = PYDANTIC_CONFIG  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titanlm.batch import IGNORE
 from titanlm.losses.chunked import LossSums, loss_sums
 from titanlm.losses.cross_entropy import CrossEntropy, CrossEntropyConfig
+from titanlm.models.layers import head as head_module
 from titanlm.models.layers.embedding import Embedding
 from titanlm.models.layers.head import Head
 
@@ -98,6 +99,20 @@ def test_z_loss_and_label_smoothing_equal_autograd(chunk_tokens: int) -> None:
         agree(loss_sums(hidden, labels, head, cross_entropy(chunk_tokens, z_loss=0.01)), total, nll.detach(), hidden, head)
         total = F.cross_entropy(plain_logits(hidden, head).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=0.1)
         agree(loss_sums(hidden, labels, head, Smoothed(0.1, chunk_tokens)), total, nll.detach(), hidden, head)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 7])
+@pytest.mark.parametrize("name", HEADS)
+def test_aligned_rows_change_nothing(name: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an odd vocabulary gets on CUDA: logits that are a view of longer rows.
+    head, (hidden, labels) = make_head(**HEADS[name]), make_batch()  # type: ignore[arg-type]
+    total = F.cross_entropy(plain_logits(hidden, head).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    monkeypatch.setattr(head_module, "needs_alignment", lambda x, weight: True)
+    assert head.softcap is not None or head(hidden.flatten(0, 1)).stride() == (VOCAB + 1, 1)
+    for shape in ((2, 13, WIDTH), (26, WIDTH), (WIDTH,)):
+        x = hidden.flatten(0, 1)[0] if len(shape) == 1 else hidden.view(shape)
+        torch.testing.assert_close(head(x), plain_logits(x, head), rtol=1e-12, atol=1e-12)
+    agree(loss_sums(hidden, labels, head, cross_entropy(chunk_tokens)), total, total.detach(), hidden, head)
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 7])

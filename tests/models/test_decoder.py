@@ -11,7 +11,6 @@ import torch
 from titanlm.batch import Batch
 from titanlm.errors import TitanError
 from titanlm.models.decoder import Decoder, DecoderConfig
-from titanlm.models.layers.head import _AlignedProduct, project
 from titanlm.registry import Component
 
 VOCAB = 61
@@ -197,18 +196,6 @@ def test_bf16_compute_over_fp32_masters() -> None:
         torch.testing.assert_close(logits.float(), exact, rtol=0.05, atol=0.02)
 
 
-def test_the_product_into_aligned_rows() -> None:
-    # On CUDA alone outside this test: odd vocabularies are slow there otherwise.
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    weight = torch.randn(7, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    product = _AlignedProduct.apply(x, weight)
-    torch.testing.assert_close(product, x @ weight.T)
-    assert product.stride() == (8, 1)
-    assert torch.autograd.gradcheck(_AlignedProduct.apply, (x, weight))
-    assert project(x, weight).is_contiguous()
-
-
 # ---------------------------------------------------------------- mistakes
 def test_every_problem_is_listed_at_once() -> None:
     config = DecoderConfig(d_model=100, n_heads=7, n_kv_heads=3, vocab_size=50, max_positions=16)
@@ -286,12 +273,12 @@ def test_flex_equals_plain_attention_on_cuda(compile_what: str) -> None:
             block.compile(fullgraph=True)
     elif compile_what == "model":
         flex.compile(fullgraph=True)
-    for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 6e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 3e-2)):
         plain.embedding.compute_dtype = flex.embedding.compute_dtype = dtype
         for document_mask in (True, False):
             changed = replace(batch, document_mask=document_mask)
             ours, theirs = flex(changed), plain(changed)
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+            assert (ours - theirs).norm() <= tolerance * theirs.norm()
             for model, hidden in ((flex, ours), (plain, theirs)):
                 model.zero_grad()
                 hidden.float().square().sum().backward()

@@ -29,8 +29,9 @@ _ROW_BYTES = 16
 
 
 def _aligned_rows(like: Tensor, n: int, width: int) -> Tensor:
+    # Not a slice of something wider: autograd would not let a view be overwritten.
     step = _ROW_BYTES // like.element_size()
-    return like.new_empty(n, -(-width // step) * step)[:, :width]
+    return like.new_empty_strided((n, width), (-(-width // step) * step, 1))
 
 
 class _AlignedProduct(torch.autograd.Function):
@@ -49,12 +50,17 @@ class _AlignedProduct(torch.autograd.Function):
         return gradient @ weight if for_x else None, gradient.T @ x if for_weight else None
 
 
+def needs_alignment(x: Tensor, weight: Tensor) -> bool:
+    """Compiled code is left alone: the compiler pads products itself."""
+    return x.is_cuda and len(weight) * x.element_size() % _ROW_BYTES != 0 and not torch.compiler.is_compiling()
+
+
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """(..., D) times the transpose of (V, D); on CUDA each row of the result is aligned, so it may not be contiguous."""
-    if not x.is_cuda or len(weight) * x.element_size() % _ROW_BYTES == 0:
+    if not needs_alignment(x, weight):
         return F.linear(x, weight)
-    product: Tensor = _AlignedProduct.apply(x.flatten(0, -2), weight)
-    return product.unflatten(0, x.shape[:-1])
+    product: Tensor = _AlignedProduct.apply(x.reshape(-1, x.shape[-1]), weight)
+    return product if x.ndim == 2 else product.view(*x.shape[:-1], -1)
 
 
 class Head(nn.Module):
