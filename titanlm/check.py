@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from titanlm.config import RunConfig
@@ -93,7 +94,7 @@ def _check_data(config: RunConfig, report: Report) -> None:
     report.attempt("dataset", lambda: streams(config.dataset, "train"))
     for index, entry in enumerate(config.validation):
         path = "dataset" if entry.dataset is None else f"validation.{index}.dataset"
-        report.attempt(path, lambda entry=entry: streams(entry.dataset or config.dataset, entry.split))
+        report.attempt(path, partial(streams, entry.dataset or config.dataset, entry.split))
     world = report.attempt("parallel", World.from_environment)
     if world is not None and config.data.n_streams % world.size:
         report.problems.append(f"data.n_streams: {config.data.n_streams} streams cannot be shared out evenly among {world.size} ranks")

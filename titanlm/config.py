@@ -139,7 +139,14 @@ class Profile:
     steps: PositiveInt = 3
 
 
-DEFAULTS = {"tokenizer": "byte", "dataset": "python_stdlib", "packer": "concat", "scheduler": "constant", "loss": "cross_entropy", "exporter": "artifact"}
+DEFAULTS = {
+    "tokenizer": "byte",
+    "dataset": "python_stdlib",
+    "packer": "concat",
+    "scheduler": "constant",
+    "loss": "cross_entropy",
+    "exporter": "artifact",
+}
 """The component of a slot that a config leaves out, or sets without a name."""
 
 

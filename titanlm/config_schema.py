@@ -64,7 +64,7 @@ def json_schema() -> dict[str, Any]:
     # A file that extends another may leave out what the other gives; `titanlm config check` knows what is missing.
     for table in (schema, *schema["$defs"].values(), *(table for slot in definitions.values() for table in slot.get("anyOf", ()))):
         table.pop("required", None)
-    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "titanlm config", **schema}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **schema, "title": "titanlm config"}
 
 
 _SLOT = "x-titanlm-slot"

@@ -228,7 +228,9 @@ def _set(tables: Any, parts: Sequence[str | int], value: Any) -> None:
     if not rest:
         tables[here] = value
         return
-    child = tables[here] if isinstance(tables, list) else tables.get(here, {})
+    # `--validation.0.max_tokens=…` also where the file leaves the list to its default.
+    missing: Any = [{}] if here in LISTS and isinstance(rest[0], int) else {}
+    child = tables[here] if isinstance(tables, list) else tables.get(here, missing)
     if isinstance(child, str):
         child = {"name": child}
     if not isinstance(child, dict | list):

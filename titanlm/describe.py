@@ -9,7 +9,6 @@ default, its type and the note that stands under it in the source.
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import json
 import os
@@ -17,10 +16,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from titanlm.errors import RegistryError
-from titanlm.registry import KINDS, Origin, did_you_mean, known, lookup, registrations
+from titanlm.registry import KINDS, Origin, did_you_mean, known, lookup, parsed, registrations
 
 _TABLES = {
     "optimizer": "[[optimizer]]",
@@ -54,7 +53,7 @@ def listing(kind: str | None = None) -> str:
     for each in [KINDS[kind]] if kind is not None else KINDS.values():
         names = known(each.name)
         if names or kind is not None:
-            width = max(16, *(len(name) for name in names))
+            width = max([16, *(len(name) for name in names)])
             lines = [f"  {name.strip():<{width}}  {_line(each.name, name.strip(), origin)}" for name, origin in names.items()]
             parts.append("\n".join([f"{each.name}: {each.summary}", *(lines or ["  none"])]))
     return "\n\n".join(parts)
@@ -68,7 +67,7 @@ def _line(kind: str, name: str, origin: Origin) -> str:
     if origin.source == "imports":
         return f"{_first_line(lookup(kind, name).factory.__doc__)} [{origin.place}]"
     # A component is alone in its file, whose docstring says what it is; the factory's own has the details.
-    return _first_line(ast.get_docstring(_parsed(Path(origin.place))))
+    return _first_line(ast.get_docstring(parsed(Path(origin.place))))
 
 
 def _first_line(docstring: str | None) -> str:
@@ -94,7 +93,7 @@ def describe(kind: str, name: str) -> str:
         # The settings' own module is asked, because ``place`` is no file for what was typed into an interpreter.
         path = Path(getattr(sys.modules.get(entry.settings.__module__), "__file__", None) or os.devnull)
         settings = list(_settings(path, entry.settings.__name__))
-    summary = (ast.get_docstring(_parsed(path)) or "").partition("\n\n")[0]
+    summary = (ast.get_docstring(parsed(path)) or "").partition("\n\n")[0]
     return "\n\n".join(part for part in (f"{kind} {name}\n{place}", summary, docstring, settings_toml(kind, name, settings)) if part)
 
 
@@ -126,11 +125,6 @@ def settings_toml(kind: str, name: str, settings: list[Setting]) -> str:
 
 
 # ---------------------------------------------------------------- settings, read from source
-@functools.cache
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
 def _settings_class(node: ast.FunctionDef | ast.ClassDef) -> str:
     """Name in the annotation of the factory's first parameter."""
     if isinstance(node, ast.ClassDef):
@@ -158,7 +152,7 @@ def _settings(path: Path, class_name: str) -> Iterator[Setting]:
             name=item.target.id,
             type=_type(item.annotation, path),
             default=_default(item.value, path),
-            required=item.value is None,
+            required=_required(item.value),
             note=" ".join(str(note).split()),
         )
 
@@ -168,7 +162,7 @@ def _find(path: Path, name: str) -> tuple[Path, ast.stmt | ast.expr | None]:
 
     Follows ``from titanlm.x import name``; other packages are not searched, since finding them would import them.
     """
-    for item in _parsed(path).body:
+    for item in parsed(path).body:
         if isinstance(item, ast.ClassDef) and item.name == name:
             return path, item
         if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == name:
@@ -203,9 +197,17 @@ def _type(node: ast.expr, path: Path) -> str:
     return _TYPES.get(text, text)
 
 
+def _required(node: ast.expr | None) -> bool:
+    return node is None or (_is_field(node) and not {"default", "default_factory"} & {keyword.arg for keyword in node.keywords})
+
+
+def _is_field(node: ast.expr | None) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("field", "dataclasses.field")
+
+
 def _default(node: ast.expr | None, path: Path) -> str | None:
     """A default as TOML; None when there is none, it is None, or the source alone does not tell."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("field", "dataclasses.field"):
+    if _is_field(node):
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
         factory = keywords.get("default_factory")
         if factory is None:

@@ -91,7 +91,7 @@ def score(module: Any, entry: ValidationSet, device: torch.device) -> Scores:
     nll = torch.zeros((), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
     for batch in validation_batches(
-        entry.stream(), seq_len=entry.seq_len, micro_batch=entry.micro_batch, document_mask=entry.document_mask, max_tokens=entry.max_tokens or None
+        entry.stream(), seq_len=entry.seq_len, micro_batch=entry.micro_batch, document_mask=entry.document_mask, max_tokens=entry.max_tokens
     ):
         n_tokens += int((batch.labels >= 0).sum())  # on the CPU, before the copy
         n_bytes += int(batch.target_bytes.sum())

@@ -47,7 +47,7 @@ def claim(roles: Mapping[str, str], entries: Sequence[Sequence[str]]) -> Claims:
     """
     problems = []
     claimed: list[list[str]] = [[] for _ in entries]
-    unclaimed = []
+    unclaimed: list[str] = []
     for name, role in roles.items():
         taker = next((index for index, patterns in enumerate(entries) if matches(patterns, name, role)), None)
         (unclaimed if taker is None else claimed[taker]).append(name)

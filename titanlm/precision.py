@@ -19,4 +19,4 @@ def set_precision(module: nn.Module, precision: Literal["fp32", "bf16"]) -> None
     """Tell every module that makes or checks activations their dtype."""
     for each in module.modules():
         if hasattr(each, "compute_dtype"):
-            each.compute_dtype = DTYPES[precision]
+            setattr(each, "compute_dtype", DTYPES[precision])  # noqa: B010 - an nn.Module's attributes are typed as tensors

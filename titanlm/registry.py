@@ -394,15 +394,13 @@ def _builtin_file(kind: Kind, name: str) -> Path | None:
 
 @functools.cache
 def _registers(path: Path, kind: str, name: str) -> bool:
-    return any(True for _ in registrations(path, kind, name))
+    # The text first: most helpers need not be parsed.
+    return "register(" in path.read_text(encoding="utf-8") and any(True for _ in registrations(path, kind, name))
 
 
 def registrations(path: Path, kind: str, name: str) -> Iterator[ast.FunctionDef | ast.ClassDef]:
     """The definitions in a source file that carry ``@register(kind, name)``, read without importing."""
-    text = path.read_text(encoding="utf-8")
-    if "register(" not in text:
-        return
-    for node in ast.parse(text).body:
+    for node in parsed(path).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         for decorator in node.decorator_list:
@@ -413,6 +411,12 @@ def registrations(path: Path, kind: str, name: str) -> Iterator[ast.FunctionDef 
             values = [arg.value for arg in decorator.args if isinstance(arg, ast.Constant)]
             if called == "register" and values == [kind, name]:
                 yield node
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a source file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -120,6 +120,7 @@ class Lock:
             atexit.unregister(self.release)
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, 0)
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # at once, even if a worker was forked this instant
             self._forget()
 
 

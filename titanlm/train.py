@@ -278,7 +278,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Score every set with the raw weights and, where there is an averager, the averaged ones."""
         self.guard.check()
-        metrics = {}
+        metrics: dict[str, float] = {}
         with self.meter.pause():
             for entry in self.validation:
                 metrics |= score(self.module, entry, self.device).metrics(f"validation/{entry.name}")

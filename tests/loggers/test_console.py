@@ -6,12 +6,14 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,15 +69,19 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(slave, "w", encoding="utf-8") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
+        # pytest puts its own sys.stdout back before the test begins.
+        monkeypatch.setattr("titanlm.loggers.console.sys", SimpleNamespace(stdout=stream, stderr=sys.stderr))
         yield master
     os.close(master)
 
 
 def screen(master: int) -> list[str]:
     """What a terminal of 60 columns shows: \\r, \\n, "erase to the end of the line", and wrapping."""
+    written = b""
+    while select.select([master], [], [], 0.2)[0]:
+        written += os.read(master, 1 << 16)
     rows, row, column = [""], 0, 0
-    for token in re.findall(r"\x1b\[K|.", os.read(master, 1 << 16).decode(), re.DOTALL):
+    for token in re.findall(r"\x1b\[K|.", written.decode(), re.DOTALL):
         if token == "\x1b[K":
             rows[row] = rows[row][:column]
         elif token == "\r":

@@ -43,7 +43,8 @@ def test_resume_has_no_repeated_steps(tmp_path: Path) -> None:
     for step in (30, 40):
         second.log(step, {"loss": -float(step)})
     second.close()
-    assert [(line["step"], line.get("loss")) for line in lines(tmp_path)] == [(10, 10.0), (10, None), (20, 20.0), (20, None), (30, -30.0), (40, -40.0)]
+    found = [(line["step"], line.get("loss")) for line in lines(tmp_path)]
+    assert found == [(10, 10.0), (10, None), (20, 20.0), (20, None), (30, -30.0), (40, -40.0)]
 
 
 def test_new_run_in_an_old_folder_begins_anew(tmp_path: Path) -> None:

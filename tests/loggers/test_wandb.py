@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import titanlm
 from titanlm.errors import TitanError
 from titanlm.loggers.wandb import Wandb, WandbConfig
 
@@ -55,14 +59,25 @@ def records(path: Path) -> list[Any]:
     return found
 
 
+def stored(folder: Path) -> list[Any]:
+    """The records of every finished start of a run, oldest first; waits for wandb's own process, which writes behind us."""
+    found = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        deadline = time.monotonic() + 30
+        while not any(record.HasField("exit") for record in records(file)):
+            assert time.monotonic() < deadline, f"{file} is not finished"
+            time.sleep(0.02)
+        found += records(file)
+    return found
+
+
 def rows(folder: Path) -> list[dict[str, float]]:
     """What `wandb sync` would send, in its order; keys with a leading underscore are wandb's."""
     found = []
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in records(file):
-            if record.WhichOneof("record_type") == "history":
-                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                found.append({"step": row["_step"], **{key: value for key, value in row.items() if not key.startswith("_")}})
+    for record in stored(folder):
+        if record.HasField("history"):
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            found.append({"step": row["_step"], **{key: value for key, value in row.items() if not key.startswith("_")}})
     return found
 
 
@@ -75,43 +90,76 @@ def logger(folder: Path, step: int, **settings: Any) -> Wandb:
     return made
 
 
-def test_resumed_run_is_the_same_run_and_repeats_no_step(tmp_path: Path) -> None:
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from titanlm.loggers.wandb import Wandb, WandbConfig
+logger = Wandb(WandbConfig(), run_dir=Path(sys.argv[1]))
+logger.start(0)
+for step in range(1, 31):
+    logger.log(step, {"loss": 1 / step})
+    if step % 10 == 0:
+        logger.log(step, {"validation/a/loss": float(step)})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_run_goes_on_as_the_same_run_without_gap_or_repeat(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = logger(run, 0)
-    first.log(10, {"loss": 1 / 3})
-    first.log(10, {"validation/a/loss": 2.0})
-    first.log(20, {"loss": 0.5})
-    first.log(30, {"loss": 0.25})
-    first.log(30, {"validation/a/loss": 1.5})
-    first.log(40, {"loss": 0.125})
-    first._run.finish()  # as after a kill: close() was never called, the row of step 40 waits in wandb.json
-
-    second = logger(run, 20)  # the checkpoint was of step 20: 30 was sent and stays, 40 was not and is made again
-    for step in (30, 40, 50):
+    variables = {**os.environ, "PYTHONPATH": str(Path(titanlm.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(run)], env=variables, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    with open(run / "wandb.jsonl", "a") as journal:
+        journal.write('{"step": 31, "met')
+    second = logger(run, 20)  # the checkpoint was of step 20
+    for step in (21, 22):
         second.log(step, {"loss": -float(step)})
-    second.log(50, {"validation/a/loss": 1.0})
     second.close()
+    third = logger(run, 22)  # after a clean end
+    third.log(23, {"loss": -23.0})
+    third.log(23, {"validation/a/loss": 1.0})
+    third.close()
 
-    assert rows(run) == [
-        {"step": 10, "loss": 1 / 3, "validation/a/loss": 2.0},
-        {"step": 20, "loss": 0.5},
-        {"step": 30, "loss": 0.25, "validation/a/loss": 1.5},
-        {"step": 40, "loss": -40.0},
-        {"step": 50, "loss": -50.0, "validation/a/loss": 1.0},
-    ]
-    ids = {record.run.run_id for file in run.glob("wandb/offline-run-*/*.wandb") for record in records(file) if record.HasField("run")}
+    expected = [{"step": step, "loss": 1 / step} for step in range(1, 21)] + [{"step": step, "loss": -float(step)} for step in (21, 22, 23)]
+    expected[9]["validation/a/loss"], expected[19]["validation/a/loss"], expected[22]["validation/a/loss"] = 10.0, 20.0, 1.0
+    assert rows(run) == expected
+    ids = {record.run.run_id for record in stored(run) if record.HasField("run")}
     assert ids == {json.loads((run / "wandb.json").read_text())["id"]}
 
 
-def test_waiting_row_is_sent_when_the_run_goes_on_after_it(tmp_path: Path) -> None:
+def test_steps_of_a_clean_end_are_not_sent_again_by_a_run_that_was_wound_back(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step, last in ((0, 3), (1, 5)):
+        made = logger(run, step)
+        for at in range(step + 1, last + 1):
+            made.log(at, {"loss": float(at)})
+        made.close()
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5]
+
+
+def test_unfinished_rows_that_were_synced_by_hand_are_not_sent_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = logger(run, 0)
-    first.log(10, {"loss": 1.0})
-    first.log(20, {"loss": 0.5, "grad_norm": float("inf")})
-    first._run.finish()
-    second = logger(run, 20)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": float(step), "grad_norm": float("inf")})
+    first._send()
+    first._run.finish()  # close() was never called
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    file.with_name(file.name + ".synced").touch()
+    second = logger(run, 2)
+    for step in (3, 4):
+        second.log(step, {"loss": -float(step)})
     second.close()
-    assert [(row["step"], row["loss"]) for row in rows(run)] == [(10, 1.0), (20, 0.5)]
+    assert [(row["step"], row["loss"]) for row in rows(run)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, -4.0)]
+
+
+def test_nothing_outside_the_run_is_deleted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "offline-run-x").mkdir()
+    (run / "wandb").mkdir()
+    (run / "wandb.json").write_text('{"id": "a", "sent": -1, "unfinished": "../../offline-run-x"}')
+    logger(run, 0).close()
+    assert (tmp_path / "offline-run-x").is_dir()
 
 
 def test_nothing_secret_is_stored_or_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +172,7 @@ def test_nothing_secret_is_stored_or_sent(tmp_path: Path, monkeypatch: pytest.Mo
     made.message("message_canary")
     made.log(1, {"loss": 1.0})
     made.close()
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    (sent,) = (record.run for record in records(file) if record.HasField("run"))
+    (sent,) = (record.run for record in stored(run) if record.HasField("run"))
     values = {item.key: json.loads(item.value_json) for item in sent.config.update}
     assert values["use_cls_token"] is True
     assert values["path"] == "https://***@example.org/x"
@@ -146,12 +193,11 @@ def test_online_without_a_key_is_an_error_not_a_prompt(tmp_path: Path, monkeypat
         Wandb(WandbConfig(mode="online"), run_dir=tmp_path / "run")
 
 
-def test_disabled_writes_no_rows(tmp_path: Path) -> None:
+def test_disabled_leaves_nothing(tmp_path: Path) -> None:
     made = logger(tmp_path / "run", 0, mode="disabled")
     made.log(1, {"loss": 1.0})
-    made.log(2, {"loss": 1.0})
     made.close()
-    assert rows(tmp_path / "run") == []
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +207,7 @@ def test_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.Mo
         Wandb(WandbConfig(), run_dir=tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"id": "a", "sent": null, "waiting": null}', '{"id": "a", "sent": 1, "waiting": 5}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"id": "a", "sent": null, "unfinished": ""}'])
 def test_damaged_state_is_a_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "run" / "wandb.json").write_text(text)
     with pytest.raises(TitanError, match=r"wandb\.json: damaged.*delete it"):

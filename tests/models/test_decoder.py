@@ -30,6 +30,12 @@ def packed(*lengths: int, n_rows: int = 2, vocab_size: int = VOCAB) -> Batch:
     return Batch(tokens, tokens.roll(-1, 1), positions, ids, torch.ones_like(tokens))
 
 
+def projected(hidden: torch.Tensor) -> torch.Tensor:
+    """A number with gradients; the sum of squares has none behind a norm."""
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7))
+    return (hidden.float() * weight.to(hidden.device)).sum()
+
+
 def logits_of(model: Decoder, batch: Batch) -> torch.Tensor:
     return model.head(model(batch))
 
@@ -225,14 +231,14 @@ def test_blocks_compile_whole() -> None:
     torch._dynamo.reset()
     model, batch = build(n_layers=2, qk_norm="learned", d_ff=32), packed(8, 8, n_rows=1)
     expected = model(batch)
-    expected.square().sum().backward()
+    projected(expected).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     names = list(model.state_dict())
     model.zero_grad()
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     compiled = model(batch)
-    compiled.square().sum().backward()
+    projected(compiled).backward()
     torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         if name in gradients:
@@ -258,12 +264,13 @@ def test_blocks_compile_with_the_default_backend() -> None:
         block.compile(fullgraph=True)
     compiled = model(batch)
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
-    compiled.square().sum().backward()
+    projected(compiled).backward()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile_what", ["none", "blocks", "model"])
 def test_flex_equals_plain_attention_on_cuda(compile_what: str) -> None:
+    """fp32 within 1e-3 of plain attention; bf16 no further from the fp32 truth than plain bf16 attention is."""
     torch._dynamo.reset()
     settings = {"head_dim": 32, "n_heads": 4, "n_kv_heads": 2, "d_model": 128, "max_positions": 512}
     batch = packed(100, 7, 149).to(torch.device("cuda"))
@@ -272,17 +279,22 @@ def test_flex_equals_plain_attention_on_cuda(compile_what: str) -> None:
         for block in flex.blocks:
             block.compile(fullgraph=True)
     elif compile_what == "model":
-        flex.compile(fullgraph=True)
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 3e-2)):
-        plain.embedding.compute_dtype = flex.embedding.compute_dtype = dtype
-        for document_mask in (True, False):
-            changed = replace(batch, document_mask=document_mask)
-            ours, theirs = flex(changed), plain(changed)
-            assert (ours - theirs).norm() <= tolerance * theirs.norm()
-            for model, hidden in ((flex, ours), (plain, theirs)):
-                model.zero_grad()
-                hidden.float().square().sum().backward()
-            for mine, other in zip(flex.parameters(), plain.parameters(), strict=True):
-                assert mine.grad is not None
-                assert other.grad is not None
-                assert (mine.grad - other.grad).norm() <= tolerance * other.grad.norm()
+        flex.compile(dynamic=False)
+
+    def results(model, batch, dtype):
+        model.embedding.compute_dtype = dtype
+        model.zero_grad()
+        hidden = model(batch)
+        projected(hidden).backward()
+        with torch.no_grad():
+            torch.testing.assert_close(model(batch), hidden, rtol=2e-2, atol=2e-2)
+        return [hidden.detach().double(), *(parameter.grad.detach().double().clone() for parameter in model.parameters())]
+
+    for document_mask in (True, False):
+        changed = replace(batch, document_mask=document_mask)
+        truth = results(plain, changed, torch.float32)
+        for ours, exact in zip(results(flex, changed, torch.float32), truth, strict=True):
+            assert (ours - exact).norm() <= 1e-3 * exact.norm()
+        theirs = results(plain, changed, torch.bfloat16)
+        for ours, other, exact in zip(results(flex, changed, torch.bfloat16), theirs, truth, strict=True):
+            assert (ours - exact).norm() <= 1.5 * (other - exact).norm() + 1e-3 * exact.norm()

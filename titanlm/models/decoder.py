@@ -118,9 +118,10 @@ class Decoder(nn.Module):
         """
         if cache is not None:
             cache.reserve(batch.tokens.shape[1])
+        # First, because a block mask is built outside the graph of a compiled model: what follows is then one graph.
+        mask = attention_mask(batch, self.config.attention_backend, cache)
         x = self.embedding(batch.tokens)
         rotary = rotary_tables(batch.positions, self.head_dim, self.config.rope_theta, x.dtype)
-        mask = attention_mask(batch, self.config.attention_backend, cache)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, mask) if cache is None else block(x, rotary, mask, (cache.layers[i], batch.positions, cache.used))
         hidden: Tensor = self.norm(x)

@@ -97,6 +97,10 @@ def attention_mask(batch: Batch, backend: Backend, cache: KVCache | None = None)
     return (causal & (ids[:, :, None] == ids[:, None, :]))[:, None]
 
 
+# Kept out of a compiled model: traced into one whole-model graph the mask made a
+# forward pass without gradients read outside its memory (torch 2.11, H200), and
+# training was slower than with the mask as that graph's input.
+@torch.compiler.disable
 def _block_mask(ids: Tensor) -> BlockMask:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -104,7 +108,7 @@ def _block_mask(ids: Tensor) -> BlockMask:
         return (q >= k) & (ids[b, q] == ids[b, k])
 
     # Uncompiled, create_block_mask writes the whole (B, T, T) mask first.
-    create: Any = create_block_mask if torch.compiler.is_compiling() else compiled(create_block_mask)
+    create: Any = compiled(create_block_mask)
     n_rows, n = ids.shape
     block_mask: BlockMask = create(sees, n_rows, None, n, n, device=ids.device)
     return block_mask
