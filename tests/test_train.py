@@ -254,6 +254,8 @@ def test_changed_settings_on_resume(tiny: Path) -> None:
         run(tiny, "--run.name=x", "--optimizer.0.lr=0.5", "--scheduler=constant")
     with pytest.raises(CheckpointError, match=r"resume is 'never'"):
         run(tiny, "--run.name=x", "--checkpoint.resume=never", "--scheduler=constant")
+    stored = (tiny.parent / "runs" / "x" / "config.toml").read_text()
+    assert "lr = 0.01" in stored, "a refused resume must not replace the run's config"
     assert "train.steps" in RESUMABLE
     run(tiny, "--run.name=x", "--train.steps=4", "--scheduler=constant")
     assert len(losses(tiny.parent / "runs" / "x")) == 4
@@ -322,7 +324,6 @@ def test_compiled_losses_agree(tiny: Path, straight: Path, mode: str) -> None:
 
 
 def test_without_a_c_compiler_it_says_so_and_trains(tiny: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("titanlm.distributed.compile.c_compiler", lambda: None)
-    monkeypatch.setattr("titanlm.train.requirements", lambda config: [])
+    monkeypatch.setattr("titanlm.distributed.compile.cxx_compiler", lambda: None)
     run(tiny, "--run.name=nocc", "--train.compile=block", "--train.steps=2", "--scheduler=constant")
     assert "training runs uncompiled" in capsys.readouterr().err

@@ -71,24 +71,28 @@ class Trainer:
         if train.threads:
             torch.set_num_threads(train.threads)
         self.device = choose_device(train.device)
-        torch.set_float32_matmul_precision("highest" if train.deterministic else "high")
         randomness.seed_everything(train.seed, self.world.rank)
 
-        # 3. The run folder, locked: two trainers in one would overwrite each other's checkpoints.
+        # 3. What an earlier start of this run left: a config that may not go on from it changes nothing on disk.
+        earlier = find_earlier(config)
+
+        # 4. The run folder, locked: two trainers in one would overwrite each other's checkpoints.
         self.folder = RunFolder.open(Path(config.run.dir), config.run.name, dump(config))
+        self.loggers = LoggerGroup([])
         try:
-            self._build(report)
+            self._build(report, earlier)
         except BaseException:
+            self.loggers.close()
             self.folder.close()
             raise
 
-    def _build(self, report: Report) -> None:
+    def _build(self, report: Report, earlier: Earlier | None) -> None:
         config, train = self.config, self.config.train
-        self.checkpoints = self.folder.path / "checkpoints"
+        self.checkpoints = self.folder.checkpoints
         checkpoint.sweep(self.checkpoints)
         self.loggers = LoggerGroup([logger.build(run_dir=self.folder.path) for logger in config.logger])
 
-        # 4. Tokenizer, then data: streams know its ids, and the model its vocabulary.
+        # 5. Tokenizer, then data: streams know its ids, and the model its vocabulary.
         self.tokenizer = report.tokenizer
         self.phases = Phases([(0, first_phase(config, self.world))])
         streams = build_streams(
@@ -109,13 +113,13 @@ class Trainer:
             prefetch=config.data.prefetch,
         )
 
-        # 5. Model on the meta device, changed by adapter and quantizers; nothing is allocated yet.
+        # 6. Model on the meta device, changed by adapter and quantizers; nothing is allocated yet.
         model = build_model(config, self.tokenizer)
 
-        # 6. Recomputation is set up before the model is compiled, so that the compiler plans it.
+        # 7. Recomputation is set up before the model is compiled, so that the compiler plans it.
         activation_checkpointing.apply(model.blocks, train.activation_checkpointing)
 
-        # 7. Memory and initial weights, drawn by seed and name and so the same on every device and world size.
+        # 8. Memory and initial weights, drawn by seed and name and so the same on every device and world size.
         model.to_empty(device=self.device)
         with torch.no_grad():
             model.init_weights(train.seed)
@@ -123,10 +127,10 @@ class Trainer:
         self.model: Any = model
         set_precision(self.module, train.precision)
 
-        # 8. Compiled in place: state keeps its names. Each phase's shapes compile once.
+        # 9. Compiled in place: state keeps its names. Each phase's shapes compile once.
         self.compiled = compile_module(self.module, train.compile)
 
-        # 9. Optimizers over the materialised parameters; each knows its peak learning rate.
+        # 10. Optimizers over the materialised parameters; each knows its peak learning rate.
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         parameters, roles = dict(model.named_parameters()), roles_of(model)
         self.optimizers = [
@@ -141,19 +145,20 @@ class Trainer:
         self.averagers = [config.averager.build(model=model)] if config.averager is not None else []
         self.hooks = [module.on_step_end for module in model.modules() if hasattr(module, "on_step_end")]
 
-        # 10. What watches and reports.
+        # 11. What watches and reports.
         self.guard = FiniteGuard(self.optimizers, self.device, remember=train.log_every + 1)
         self.meter = StepMeter(self.model.flops_per_token(self.phases.max_seq_len), peak_flops(self.device), self.device)
         self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
         self.profile = ProfileWindow(config.profile, self.folder.path)
         self.interrupts = Interrupts()
 
-        # 11. Last, what an earlier start of this run left: it replaces all of the above's initial state.
+        # 12. Last, the earlier start's state: it replaces the initial one of all the above.
         self.progress = Progress()
         self.saved_step = -1
         self._reset_interval()
         self.rng = randomness.capture()
-        self._resume()
+        if earlier is not None:
+            self._resume(*earlier)
         self.loggers.start(self.progress.step)
 
     # ------------------------------------------------------------ the step
@@ -324,15 +329,8 @@ class Trainer:
             checkpoint.rotate(self.checkpoints, self.config.checkpoint.keep_last, self.progress.step)
         self.saved_step = self.progress.step
 
-    def _resume(self) -> None:
-        """Take up the newest valid checkpoint of the run folder, if there is one."""
-        folder = checkpoint.latest(self.checkpoints)
-        if folder is None:
-            return
-        if self.config.checkpoint.resume == "never":
-            raise CheckpointError(f"{self.folder.path} holds checkpoints and checkpoint.resume is 'never'; choose another run.name")
-        state, stored = checkpoint.load(folder)
-        require_same_run(loads(stored, f"{folder}/config.toml"), self.config, folder)
+    def _resume(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take up a checkpoint of this run."""
         changed = [what for what, value in self.fingerprints.items() if state["fingerprints"].get(what) != value]
         if changed:
             raise CheckpointError(f"{folder}: the {' and the '.join(changed)} changed since it was saved; a resumed run would read other data")
@@ -373,6 +371,25 @@ def preflight(config: RunConfig) -> Report:
     for warning in report.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
     return report
+
+
+Earlier = tuple[Path, dict[str, Any]]
+"""A checkpoint's folder and its state."""
+
+
+def find_earlier(config: RunConfig) -> Earlier | None:
+    """The newest valid checkpoint of the run folder, if there is one.
+
+    Raises CheckpointError when the config may not go on from it.
+    """
+    folder = checkpoint.latest(Path(config.run.dir) / config.run.name / "checkpoints")
+    if folder is None:
+        return None
+    if config.checkpoint.resume == "never":
+        raise CheckpointError(f"{folder.parent.parent} holds checkpoints and checkpoint.resume is 'never'; choose another run.name")
+    state, stored = checkpoint.load(folder)
+    require_same_run(loads(stored, f"{folder}/config.toml"), config, folder)
+    return folder, state
 
 
 def first_phase(config: RunConfig, world: World) -> Phase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-from titanlm.environment import c_compiler
+from titanlm.environment import c_compiler, cxx_compiler
 
 
 def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Literal["none", "block", "model"]:
@@ -17,8 +17,11 @@ def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Lite
     """
     if mode == "none":
         return mode
-    if c_compiler() is None:
-        print(f"WARNING: train.compile = {mode!r} needs a C compiler and none was found (cc, gcc, clang or $CC): training runs uncompiled", file=sys.stderr)
+    # On the CPU inductor writes C++; on CUDA triton builds its launchers in C.
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    if (cxx_compiler() if on_cpu else c_compiler()) is None:
+        wanted = "C++ compiler and none was found (c++, g++, clang++ or $CXX)" if on_cpu else "C compiler and none was found (cc, gcc, clang or $CC)"
+        print(f"WARNING: train.compile = {mode!r} needs a {wanted}: training runs uncompiled", file=sys.stderr)
         return "none"
     if mode == "model":
         module.model.compile(dynamic=False)
