@@ -213,9 +213,8 @@ def test_commands_of_the_readme(site: Path, folder: Path) -> None:
     assert commands[0] == "pip install ."
     printed = [titanlm(site, folder, *shlex.split(command.removeprefix("titanlm "))) for command in commands[1:]]
     assert (folder / "weights.safetensors.xz").stat().st_size <= 100_000
-    found = re.search(r"averaged weights.*bits per byte ([\d.]+)", "".join(printed))
-    assert found is not None
-    assert float(found[1]) < 2.0
+    scores = [float(score) for score in re.findall(r"averaged weights.*bits per byte ([\d.]+)", "".join(printed))]
+    assert scores[-1] < 2.0  # as the README says
 
 
 # ---------------------------------------------------------------- the components themselves

@@ -38,7 +38,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(decays, {"lr": config.lr, "betas": config.betas, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:

@@ -6,12 +6,11 @@ the same ``Parameter``: each appears once in ``named_parameters()`` of the model
 (as the embedding's) and once in its state dict, and ``head.parameters()`` still
 gives everything that the head computes with.
 
-Rows of logits start at multiples of 16 bytes on CUDA. Many vocabularies have an
-odd size (200,005 is one), and with rows of that length packed end to end cuBLAS
-falls back to kernels several times slower in all three products, forward and
-backward. So the product is written into longer rows, of which logits are a
-view; the loss writes its gradient into the same memory, which keeps the
-backward products aligned too.
+Many vocabularies have an odd size (200,005 is one), and cuBLAS then falls back
+to kernels several times slower, forward and backward. So on CUDA the products
+are computed with the vocabulary padded by rows of zeros to whole 16 bytes, and
+logits are the first V of each longer row. A gradient that the loss wrote into
+the same memory is used in place, padding included.
 """
 
 from __future__ import annotations
@@ -28,26 +27,25 @@ from titanlm.models.layers.softcap import Softcap
 _ROW_BYTES = 16
 
 
-def _aligned_rows(like: Tensor, n: int, width: int) -> Tensor:
-    # Not a slice of something wider: autograd would not let a view be overwritten.
-    step = _ROW_BYTES // like.element_size()
-    return like.new_empty_strided((n, width), (-(-width // step) * step, 1))
-
-
 class _AlignedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.mm(x, weight.T, out=_aligned_rows(x, len(x), len(weight)))
+        n, width = len(x), len(weight)
+        padded = F.pad(weight, (0, 0, 0, -width % (_ROW_BYTES // x.element_size())))
+        ctx.rows = x @ padded.T
+        ctx.save_for_backward(x, padded)
+        # The same memory, but no slice of it: autograd would not let the loss overwrite a view.
+        return x.new_empty(0).set_(ctx.rows.untyped_storage(), 0, (n, width), (len(padded), 1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+        x, padded = ctx.saved_tensors
         (gradient,) = gradients
-        if gradient.stride(1) != 1 or gradient.stride(0) * gradient.element_size() % _ROW_BYTES:
-            gradient = _aligned_rows(gradient, *gradient.shape).copy_(gradient)
+        width = gradient.shape[1]
+        in_place = gradient.data_ptr() == ctx.rows.data_ptr() and gradient.stride() == ctx.rows.stride()
+        rows = ctx.rows if in_place else F.pad(gradient, (0, len(padded) - width))
         for_x, for_weight = ctx.needs_input_grad
-        return gradient @ weight if for_x else None, gradient.T @ x if for_weight else None
+        return rows @ padded if for_x else None, (rows.T @ x)[:width] if for_weight else None
 
 
 def needs_alignment(x: Tensor, weight: Tensor) -> bool:
@@ -56,7 +54,7 @@ def needs_alignment(x: Tensor, weight: Tensor) -> bool:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., D) times the transpose of (V, D); on CUDA each row of the result is aligned, so it may not be contiguous."""
+    """(..., D) times the transpose of (V, D); not contiguous on CUDA where V has to be padded."""
     if not needs_alignment(x, weight):
         return F.linear(x, weight)
     product: Tensor = _AlignedProduct.apply(x.reshape(-1, x.shape[-1]), weight)
