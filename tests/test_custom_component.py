@@ -325,17 +325,18 @@ def test_row_multipliers_fold_into_any_model(name: str) -> None:
     component = Component.named("model", name, n_layers=2, d_model=16, **settings)
     model, plain = (component.build(vocab_size=50, max_seq_len=16) for _ in range(2))
     adapter = Component.named("adapter", "row_multipliers", freeze=("@matrix",)).build(model=model)
-    for each in (model, plain):
+    for each in (model, plain, adapter):
         each.init_weights(0)
     row = batch(torch.arange(12), [5, 7])
     assert torch.equal(model(row), plain(row))  # factors start at 1
-    roles = model.parameter_roles()
+    added = adapter.parameter_roles()
+    roles = dict(model.parameter_roles()) | dict(added)
     names = {name for name, _ in model.named_parameters()}
-    assert names - {name for name, _ in plain.named_parameters()} == {name for name, role in roles.items() if role == "gain"}
+    assert names - {name for name, _ in plain.named_parameters()} == set(added)
     assert {name for name in names if not adapter.trains(name)} == {name for name, role in roles.items() if role == "matrix"}
     with torch.no_grad():
         for name in names:
-            if roles[name] == "gain":
+            if name in added:
                 model.get_parameter(name).uniform_(0.5, 2.0)
     expected = model(row)
     adapter.merge()
@@ -374,7 +375,7 @@ def test_int4_groups_in_training_computes_what_it_will_export() -> None:
     model = min_gru()
     row = batch(torch.arange(12), [12])
     plain = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    quantizer.prepare(model)
+    quantizer.prepare(model, [name for name, role in model.parameter_roles().items() if role == "matrix"])
     assert {name for name, _ in model.named_parameters()} == set(plain)
     out = model(row)
     out.square().sum().backward()

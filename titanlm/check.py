@@ -14,7 +14,7 @@ from typing import Any
 
 from titanlm.config import RunConfig
 from titanlm.distributed.world import World
-from titanlm.errors import TitanError
+from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, claim
 from titanlm.registry import Component
 
@@ -35,8 +35,11 @@ class Report:
             return build()
         except (TitanError, ValueError, OSError) as error:
             for line in str(error).splitlines():
-                # A message that already names a key of this table keeps it.
-                self.problems.append(line if line.startswith(f"{path}.") else f"{path}{'.' if _names_field(line) else ': '}{line}")
+                # A message may name a key of this table, with the table's name before it or without.
+                table = path.rpartition(".")[2]
+                problem = f"{path}.{line.removeprefix(f'{table}.')}" if _names_field(line) else f"{path}: {line}"
+                if problem not in self.problems:  # the same dataset may serve training and validation
+                    self.problems.append(problem)
             return None
 
 
@@ -81,20 +84,28 @@ def _fitter(config: RunConfig) -> Any:
 
 def _check_data(config: RunConfig, report: Report) -> None:
     from titanlm.data import build_streams
+    from titanlm.evaluate import ValidationSet
 
     tokenizer = report.tokenizer = report.attempt("tokenizer", config.tokenizer.build)
     if tokenizer is None:
         return
 
-    def streams(dataset: Component, split: str) -> Any:
-        return build_streams(
-            dataset, config.packer, tokenizer, split=split, n_streams=1, seed=config.train.seed, seq_len=config.train.seq_len
-        )
+    def first_row(dataset: Component, split: str) -> None:
+        seq_len = config.train.seq_len
+        (stream,) = build_streams(dataset, config.packer, tokenizer, split=split, n_streams=1, seed=config.train.seed, seq_len=seq_len)
+        if stream.next_row(seq_len) is None:
+            raise DataError(f"no text for split {split!r}: every row is empty or refused by dataset.filter")
 
-    report.attempt("dataset", lambda: streams(config.dataset, "train"))
+    report.attempt("dataset", lambda: first_row(config.dataset, "train"))
     for index, entry in enumerate(config.validation):
+        report.attempt(f"validation.{index}", partial(ValidationSet.build, entry, config, tokenizer))
         path = "dataset" if entry.dataset is None else f"validation.{index}.dataset"
-        report.attempt(path, partial(streams, entry.dataset or config.dataset, entry.split))
+        report.attempt(path, partial(first_row, entry.dataset or config.dataset, entry.split))
+    if config.train.sample_every:
+        from titanlm.generate import prompt_ids
+
+        longest = getattr(config.model.config, "max_positions", None)
+        report.attempt("train.sample_prompt", lambda: prompt_ids(tokenizer, config.train.sample_prompt, longest))
     world = report.attempt("parallel", World.from_environment)
     if world is not None and config.data.n_streams % world.size:
         report.problems.append(f"data.n_streams: {config.data.n_streams} streams cannot be shared out evenly among {world.size} ranks")
@@ -116,16 +127,16 @@ def build_model(config: RunConfig, tokenizer: Any) -> Any:
                 parameter.requires_grad_(adapter.trains(name))
             # Not a submodule even when the adapter is an nn.Module: its parameters live in the model.
             object.__setattr__(model, "adapter", adapter)
-        for quantizer in config.quantizer:
+        for quantizer, names in zip(config.quantizer, quantizer_claims(config, model).claimed, strict=True):
             prepare = getattr(quantizer.build(), "prepare", None)
             if prepare is not None:
-                prepare(model)
+                prepare(model, names)
     return model
 
 
 def roles_of(model: Any) -> dict[str, str]:
-    """Role of every trained parameter. Raises ValueError when the model leaves some without."""
-    roles = dict(model.parameter_roles())
+    """Role of every trained parameter, the adapter's included. Raises ValueError when some are left without."""
+    roles = all_roles(model)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     missing = [name for name in names if name not in roles]
     if missing:
@@ -133,13 +144,19 @@ def roles_of(model: Any) -> dict[str, str]:
     return {name: roles[name] for name in names}
 
 
+def all_roles(model: Any) -> dict[str, str]:
+    """What model and adapter say of their parameters; the adapter's word wins."""
+    added = {} if model.adapter is None else dict(model.adapter.parameter_roles())
+    return dict(model.parameter_roles()) | added
+
+
 def optimizer_claims(config: RunConfig, model: Any) -> Claims:
     return claim(roles_of(model), [optimizer.config.params for optimizer in config.optimizer])
 
 
 def quantizer_claims(config: RunConfig, model: Any) -> Claims:
-    roles = {name: dict(model.parameter_roles()).get(name, "matrix") for name, _ in model.named_parameters()}
-    return claim(roles, [quantizer.config.params for quantizer in config.quantizer])
+    roles = all_roles(model)
+    return claim({name: roles[name] for name, _ in model.named_parameters() if name in roles}, [quantizer.config.params for quantizer in config.quantizer])
 
 
 def _check_model(config: RunConfig, report: Report) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from titanlm.config import RunConfig, Validation
 from titanlm.data import Stream, build_streams, validation_batches
+from titanlm.errors import DataError
 from titanlm.metrics import bits_per_byte, perplexity
 from titanlm.registry import Component
 
@@ -62,6 +63,9 @@ class ValidationSet:
 
     @classmethod
     def build(cls, entry: Validation, config: RunConfig, tokenizer: Any) -> ValidationSet:
+        """Raises DataError for a set that would be read for ever."""
+        if entry.split == "train" and not entry.max_tokens:
+            raise DataError(f"max_tokens: set {entry.name!r} reads the split 'train', which never ends; say how many tokens of it to score")
         return cls(
             name=entry.name,
             dataset=entry.dataset or config.dataset,
@@ -84,7 +88,10 @@ class ValidationSet:
 
 @torch.no_grad()
 def score(module: Any, entry: ValidationSet, device: torch.device) -> Scores:
-    """Score a TrainModule on a set, without touching random numbers or the training data."""
+    """Score a TrainModule on a set, without touching random numbers or the training data.
+
+    Raises DataError when the set has not one label to score.
+    """
     was_training = module.training
     module.eval()
     # Sums in float64: a validation set may have more tokens than fp32 can count.
@@ -98,8 +105,10 @@ def score(module: Any, entry: ValidationSet, device: torch.device) -> Scores:
         sums, _ = module(batch.to(device))
         nll += sums.nll
     module.train(was_training)
+    if not n_tokens:
+        raise DataError(f"validation set {entry.name!r}: its text has no token that follows another, so there is nothing to score")
     total = float(nll)
-    return Scores(loss=total / max(1, n_tokens), n_tokens=n_tokens, n_bytes=n_bytes, nll=total)
+    return Scores(loss=total / n_tokens, n_tokens=n_tokens, n_bytes=n_bytes, nll=total)
 
 
 def evaluate_target(
@@ -131,7 +140,9 @@ def evaluate_target(
             "bytes": scores.n_bytes,
         }
     if as_json:
-        return json.dumps({"target": str(target), "weights": opened.weights, "validation": results})
+        # JSON has no nan: a number that is not finite is null.
+        numbers = {name: {key: value if math.isfinite(value) else None for key, value in values.items()} for name, values in results.items()}
+        return json.dumps({"target": str(target), "weights": opened.weights, "validation": numbers})
     lines = [f"{opened.source} ({opened.weights} weights)"]
     for name, values in results.items():
         lines.append(

@@ -18,7 +18,7 @@ from torch import Tensor
 from titanlm import checkpoint
 from titanlm.check import build_model, quantizer_claims
 from titanlm.config import RunConfig, dump
-from titanlm.errors import ConfigError
+from titanlm.errors import ArtifactError, ConfigError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, score
 from titanlm.exporters.encoding import Encoded, ExportReport, ExportRequest
 from titanlm.targets import find_checkpoint, import_outside, materialise, require_tokenizer, stored_config, use_average
@@ -30,7 +30,9 @@ EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Encoded | Tensor]:
     """Each tensor by the quantizer that claims it; the others as ``export.dtype``.
 
-    Raises ConfigError when a quantizer has no export side or a pattern has no effect.
+    A quantizer without an export side leaves its tensors to ``export.dtype``.
+    Raises ConfigError when a pattern has no effect, ArtifactError when a value
+    is too large for the dtype.
     """
     claims = quantizer_claims(config, model)
     if claims.problems:
@@ -42,10 +44,22 @@ def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor])
     for name, tensor in tensors.items():
         quantizer = claimed[name]
         if quantizer is not None and hasattr(quantizer, "encode"):
-            encoded[name] = quantizer.encode(tensor)
+            try:
+                encoded[name] = quantizer.encode(tensor)
+            except TitanError as error:  # it knows the numbers, not whose they are
+                raise type(error)(f"tensor {name!r}: {error}") from error
         else:
-            encoded[name] = tensor.to(EXPORT_DTYPES[config.export.dtype]) if tensor.is_floating_point() else tensor
+            encoded[name] = _cast(name, tensor, config.export.dtype)
     return encoded
+
+
+def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(EXPORT_DTYPES[dtype])
+    if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
+        raise ArtifactError(f'tensor {name!r} reaches {float(tensor.abs().max()):.3g}, too large for export.dtype = {dtype!r}; use "bfloat16" or "float32"')
+    return cast
 
 
 def export_run(
@@ -66,12 +80,15 @@ def export_run(
 
     import_outside(imports)
     chosen = choose_device(device)
-    folder = find_checkpoint(run, step)
+    folder = find_checkpoint(run, step).absolute()
     state, text = checkpoint.load(folder)
     config = stored_config(text, f"{folder}/config.toml", overrides)
+    if config.fitter is not None and config.export.max_bytes is None:
+        raise ConfigError([f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set"], "export")
     tokenizer = config.tokenizer.build()
     require_tokenizer(tokenizer, state["fingerprints"]["tokenizer"], str(folder))
-    run_dir = folder.parent.parent
+    # A checkpoint that was copied elsewhere has no run folder; its artifact goes beside it.
+    run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
     module = materialise(config, tokenizer, state["model"], chosen, str(folder))
     rows: list[tuple[str, list[Scores]]] = [("raw", score_all(module, config, tokenizer, chosen))]

@@ -106,13 +106,15 @@ class Adapter(Protocol):
     """Changes the model when it is built; says what is trained; folds itself back in."""
 
     def trains(self, name: str) -> bool: ...
-    def merge(self) -> None: ...
+    def parameter_roles(self) -> Mapping[str, str]: ...  # of the parameters it added
+    def init_weights(self, seed: int) -> None: ...  # of those, after the model's own
+    def merge(self) -> None: ...  # the model then has the parameters it had before
 
 
 class Quantizer(Protocol):
     """``prepare(model)`` before sharding and compile; ``encode``/``decode`` at export. Either may be absent."""
 
-    def prepare(self, model: nn.Module) -> None: ...
+    def prepare(self, model: nn.Module, params: Sequence[str]) -> None: ...  # names it claimed; names must keep
     def encode(self, tensor: Tensor) -> Encoded: ...
     def decode(self, encoded: Encoded) -> Tensor: ...
 

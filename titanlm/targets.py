@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,11 @@ from typing import Any
 import torch
 
 from titanlm import checkpoint
-from titanlm.check import build_model
+from titanlm.check import Report, build_model
 from titanlm.config import RunConfig, loads
+from titanlm.config_sources import import_modules, override
 from titanlm.errors import CheckpointError, ConfigError, TitanError
-from titanlm.weights import load_weights, unique_names
+from titanlm.weights import initialise, load_weights, unique_names
 
 
 @dataclass
@@ -36,16 +35,9 @@ def import_outside(modules: Sequence[str]) -> None:
     """Import modules the user named, so that their components can be looked up.
 
     Stored configs never import by themselves: they may come from others.
+    Raises ConfigError naming each that cannot be found.
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-                raise
-            raise ConfigError([f"--import {module}: no module named {error.name!r}"], "command line") from None
+    import_modules(list(modules), {("imports", index): f"--import {module}" for index, module in enumerate(modules)}, "command line")
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
@@ -53,10 +45,12 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
     Raises CheckpointError naming what is there instead.
     """
-    if path.name.startswith("step-") and path.is_dir():
-        return path
     root = path / "checkpoints"
     if not root.is_dir():
+        if path.name.startswith("step-") and path.is_dir():
+            if step is not None:
+                raise CheckpointError(f"{path}: this is one checkpoint already; leave out --step, or name the run folder")
+            return path
         raise CheckpointError(f"{path}: not a run folder (no checkpoints in it), a checkpoint folder or an artifact file")
     if step is not None:
         folder = root / f"step-{step:08d}"
@@ -72,8 +66,6 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 def stored_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A stored config, with overrides laid over it."""
-    from titanlm.config_sources import override
-
     if not overrides:
         return loads(text, source)
     import tomli
@@ -85,13 +77,20 @@ def stored_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunC
 
 
 def materialise(config: RunConfig, tokenizer: Any, weights: dict[str, Any], device: torch.device, source: str) -> Any:
-    """A TrainModule in eval mode with the given weights on a device."""
+    """A TrainModule in eval mode with the given weights on a device.
+
+    Raises ConfigError when overrides make a model that cannot be, CheckpointError
+    when the weights are of another one.
+    """
     from titanlm.precision import set_precision
     from titanlm.train_module import TrainModule
 
-    model = build_model(config, tokenizer)
+    report = Report()
+    model = report.attempt("model", lambda: build_model(config, tokenizer))
+    if model is None:
+        raise ConfigError(report.problems, source)
     model.to_empty(device=device)
-    model.init_weights(config.train.seed)  # for what is not stored: buffers that are computed
+    initialise(model, config.train.seed)  # for what is not stored: buffers that are computed
     load_weights(model, weights, source)
     module = TrainModule(model, config.loss.build()).eval()
     set_precision(module, config.train.precision)
@@ -111,6 +110,8 @@ def open_target(
     import_outside(imports)
     chosen = choose_device(device)
     if path.is_file():
+        if averaged is not None:
+            raise TitanError(f"{path}: an artifact holds one set of weights; leave out --averaged and --raw")
         return _open_artifact(path, overrides, chosen)
     if not path.exists():
         raise TitanError(f"{path}: no such run folder, checkpoint folder or artifact file")

@@ -38,7 +38,7 @@ from titanlm.profiling import ProfileWindow
 from titanlm.progress import Phase, Phases, Progress
 from titanlm.runs import RunFolder
 from titanlm.train_module import TrainModule
-from titanlm.weights import load_weights, unique_names
+from titanlm.weights import initialise, load_weights, unique_names
 
 RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.threads", "data.prefetch")
 RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "quantizer", "imports")
@@ -121,8 +121,7 @@ class Trainer:
 
         # 8. Memory and initial weights, drawn by seed and name and so the same on every device and world size.
         model.to_empty(device=self.device)
-        with torch.no_grad():
-            model.init_weights(train.seed)
+        initialise(model, train.seed)
         self.module = TrainModule(model, config.loss.build()).train()
         self.model: Any = model
         set_precision(self.module, train.precision)

@@ -24,7 +24,9 @@ class TrainModule(nn.Module):
     """``forward(batch) → (LossSums, aux)``.
 
     ``compute_dtype`` and ``compile_kernels`` are set by the trainer on every
-    module that has them.
+    module that has them. With ``training_graph_only`` scoring, too, runs the
+    model's graph for training: a whole model is then compiled once, and what
+    scores is what trained.
     """
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -33,6 +35,7 @@ class TrainModule(nn.Module):
         self.loss = loss
         self.compute_dtype = torch.float32
         self.compile_kernels = False
+        self.training_graph_only = False
 
     def forward(self, batch: Batch) -> tuple[LossSums, dict[str, Tensor]]:
         """Sums over the trained labels, and the model's auxiliary sums by name, token-weighted.
@@ -40,8 +43,11 @@ class TrainModule(nn.Module):
         Raises TitanError when the hidden states come in another dtype than
         ``compute_dtype``: a run is never silently fp32, nor silently bf16.
         """
-        output = self.model(batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.training_graph_only):
+            output = self.model(batch)
         hidden, aux = output if isinstance(output, tuple) else (output, {})
+        if not torch.is_grad_enabled():
+            hidden = hidden.detach()
         if hidden.dtype != self.compute_dtype:
             raise TitanError(
                 f"{type(self.model).__name__} computed in {_short(hidden.dtype)} where {_short(self.compute_dtype)} is asked for; "

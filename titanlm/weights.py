@@ -10,6 +10,14 @@ from torch import Tensor
 from titanlm.errors import CheckpointError
 
 
+def initialise(model: Any, seed: int) -> None:
+    """Draw the weights of a materialised model, then those its adapter added."""
+    with torch.no_grad():
+        model.init_weights(seed)
+        if model.adapter is not None:
+            model.adapter.init_weights(seed)
+
+
 def unique_names(model: Any) -> list[str]:
     """Names of what a model's state holds, a tied parameter under its first name only."""
     parameters = [name for name, _ in model.named_parameters()]

@@ -63,3 +63,19 @@ def test_another_dtype_than_asked_for_is_an_error() -> None:
             part.compute_dtype = torch.bfloat16
     sums, _ = module(batch)
     assert sums.loss.dtype == torch.float32
+
+
+def test_scoring_reuses_the_training_graph_of_a_compiled_model() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    module, batch = make()
+    counter = CompileCounter()
+    module.model.compile(backend=counter, dynamic=False)
+    module.training_graph_only = True
+    module.train()(batch)[0].loss.backward()
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        sums, _ = module.eval()(batch)
+    assert counter.frame_count == 1
+    assert not sums.loss.requires_grad

@@ -25,6 +25,7 @@ def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Lite
         return "none"
     if mode == "model":
         module.model.compile(dynamic=False)
+        module.training_graph_only = True
     else:
         for block in module.model.blocks:
             block.compile(fullgraph=True, dynamic=False)

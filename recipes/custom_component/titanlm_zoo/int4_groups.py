@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,6 @@ from titanlm.constraints import PositiveInt
 from titanlm.errors import ArtifactError, NonFiniteError
 from titanlm.exporters.encoding import Encoded
 from titanlm.models.layers.linear import Linear
-from titanlm.patterns import matches
 from titanlm.registry import register
 
 LEVELS = 7
@@ -38,12 +38,11 @@ class Int4Groups:
     def __init__(self, config: Int4GroupsConfig) -> None:
         self.config = config
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Any, params: Sequence[str]) -> None:
         """Exchange plain linear layers; a layer that an adapter has made its own is left as it is."""
         if self.config.training == "round":
-            roles = model.parameter_roles()
             for path, module in list(model.named_modules()):
-                if type(module) is Linear and matches(self.config.params, f"{path}.weight", roles[f"{path}.weight"]):
+                if type(module) is Linear and f"{path}.weight" in params:
                     model.set_submodule(path, RoundedLinear(module, self.config.group))
 
     def encode(self, tensor: Tensor) -> Encoded:

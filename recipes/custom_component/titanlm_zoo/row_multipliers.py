@@ -59,17 +59,16 @@ class RowMultipliers:
             raise ValueError(f"params: {list(config.params)} match no matrix of a linear layer (there are {', '.join(list(linears)[:8])}…)")
         for path in self.paths:
             model.set_submodule(path, MultipliedLinear(linears[path]))
-        self.roles = roles | {f"{path}.multiplier": "gain" for path in self.paths}
-        # The model knows nothing of the new parameters: it is told their role, and they are set after its own are drawn.
-        self.init_model = model.init_weights
-        model.init_weights, model.parameter_roles = self.init_weights, lambda: self.roles
+        self.roles = roles | self.parameter_roles()
+
+    def parameter_roles(self) -> dict[str, str]:
+        return {f"{path}.multiplier": "gain" for path in self.paths}
 
     def trains(self, name: str) -> bool:
         return not matches(self.config.freeze, name, self.roles[name])
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        self.init_model(seed)
         for path in self.paths:
             self.model.get_submodule(path).multiplier.fill_(1.0)
 

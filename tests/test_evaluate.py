@@ -1,0 +1,248 @@
+"""Scores against sums over the raw documents in float64, and everything they must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from titanlm.batch import Batch
+from titanlm.cli import main
+from titanlm.config import load
+from titanlm.errors import DataError, TitanError
+from titanlm.evaluate import Scores, ValidationSet, evaluate_target, score
+from titanlm.registry import Component
+from titanlm.targets import open_target
+from titanlm.train import Trainer
+
+CPU = torch.device("cpu")
+BOUNDARY = 256
+
+
+def trained(config_path: Path, *overrides: str, steps: int = 4) -> Trainer:
+    with Trainer(load(config_path, [f"--train.steps={steps}", "--scheduler=constant", *overrides])) as trainer:
+        trainer.train()
+    return trainer
+
+
+def held_out(corpus: Path, fraction: float) -> list[bytes]:
+    """The paragraphs of the validation split, by the rule in the docs."""
+    paragraphs = corpus.read_bytes().split(b"\n\n")
+    return [text for text in paragraphs if int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < fraction * 2**64]
+
+
+def exact(model: torch.nn.Module) -> Any:
+    """The model in float64."""
+    model = copy.deepcopy(model).double().eval()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float64
+    return model
+
+
+@torch.no_grad()
+def nll_of(model: Any, ids: list[int], targets: list[int]) -> float:
+    """−Σ log p(target | ids up to its place): one text, alone, from position 0, in float64."""
+    tokens = torch.tensor([ids])
+    zeros = torch.zeros_like(tokens)
+    hidden = model(Batch(tokens, tokens, torch.arange(len(ids))[None], zeros, zeros, document_mask=False))
+    log_p = torch.log_softmax(model.head(hidden[0]), -1)
+    assert log_p.dtype == torch.float64
+    return -float(log_p[torch.arange(len(targets)), torch.tensor(targets)].sum())
+
+
+# ---------------------------------------------------------------- numbers
+def test_against_every_document_by_itself(tiny: Path, corpus: Path) -> None:
+    """Rows so long that none of the documents is cut: then packing must not change anything."""
+    fraction = 0.03
+    trainer = trained(tiny, f"--dataset.validation_fraction={fraction}", "--validation.0.max_tokens=0")
+    model, texts = exact(trainer.model), held_out(corpus, fraction)
+    assert len(texts) >= 4
+    nll = sum(nll_of(model, [BOUNDARY, *text], [*text, BOUNDARY]) for text in texts)
+    n_bytes, n_tokens = sum(map(len, texts)), sum(len(text) + 1 for text in texts)
+    entry = trainer.validation[0]
+    for seq_len, micro_batch in ((2048, 1), (2048, 3), (2500, 1)):
+        scores = score(trainer.module, replace(entry, seq_len=seq_len, micro_batch=micro_batch), CPU)
+        assert (scores.n_tokens, scores.n_bytes) == (n_tokens, n_bytes)
+        assert scores.nll == pytest.approx(nll, rel=1e-6)
+        assert scores.loss == pytest.approx(nll / n_tokens, rel=1e-6)
+        assert scores.perplexity == pytest.approx(math.exp(nll / n_tokens), rel=1e-5)
+        assert scores.bits_per_byte == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_rows_that_cut_documents(tiny: Path, corpus: Path, document_mask: bool) -> None:
+    """Each target once, seen from its row alone, and inside its document where documents are masked."""
+    trainer = trained(tiny, f"--data.document_mask={str(document_mask).lower()}", "--validation.0.max_tokens=0")
+    model, texts = exact(trainer.model), held_out(corpus, 0.1)
+    ids = [i for text in texts for i in (BOUNDARY, *text, BOUNDARY)]
+    starts = set(np.cumsum([0] + [len(text) + 2 for text in texts]).tolist())
+    nll, n_tokens, n_bytes, seq_len = 0.0, 0, 0, 48
+    for first in range(0, len(ids) - 1, seq_len):
+        end = min(first + seq_len, len(ids) - 1)  # of the targets' places
+        cuts = [first, *(at for at in range(first + 1, end) if document_mask and at in starts), end]
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            targets = ids[a + 1 : b + 1]
+            if document_mask and b in starts:
+                targets = targets[:-1]  # the next document's first id
+            nll += nll_of(model, ids[a : a + len(targets)], targets) if targets else 0.0
+            n_tokens, n_bytes = n_tokens + len(targets), n_bytes + sum(target != BOUNDARY for target in targets)
+    assert n_bytes == sum(map(len, texts))
+    for micro_batch in (1, 4, 7):
+        scores = score(trainer.module, replace(trainer.validation[0], micro_batch=micro_batch), CPU)
+        assert (scores.n_tokens, scores.n_bytes) == (n_tokens, n_bytes)
+        assert scores.nll == pytest.approx(nll, rel=1e-6)
+
+
+def test_max_tokens_takes_the_first_rows(tiny: Path) -> None:
+    trainer = trained(tiny)
+    entry = replace(trainer.validation[0], max_tokens=0)
+    whole = score(trainer.module, entry, CPU)
+    parts = [score(trainer.module, replace(entry, max_tokens=limit), CPU) for limit in (1, 48, 95, 96, 480, 10**9)]
+    assert parts[0] == parts[1] == parts[2]  # whole rows, one at least
+    assert parts[0].n_tokens <= 48 < parts[3].n_tokens <= 96
+    assert [part.nll for part in parts] == sorted(part.nll for part in parts)
+    assert parts[-1] == whole
+    assert score(trainer.module, entry, CPU) == whole  # every scoring starts from the start
+
+
+def test_the_validation_set_of_an_entry(tiny: Path) -> None:
+    config = load(tiny, ['--validation=[{name="a",max_tokens=100},{name="b",split="train",max_tokens=7}]', "--train.seq_len=24", "--data.document_mask=false"])
+    tokenizer = config.tokenizer.build()
+    a, b = (ValidationSet.build(entry, config, tokenizer) for entry in config.validation)
+    assert (a.name, a.split, a.max_tokens, a.seq_len, a.micro_batch, a.document_mask) == ("a", "validation", 100, 24, 4, False)
+    assert (b.name, b.split, b.max_tokens, b.dataset) == ("b", "train", 7, config.dataset)
+
+
+def test_a_split_without_end_needs_a_limit(tiny: Path) -> None:
+    run = trained(tiny, steps=1).folder.path
+    with pytest.raises(DataError, match="max_tokens: set 'validation' reads the split 'train', which never ends"):
+        evaluate_target(run, overrides=["--validation.0.split=train", "--validation.0.max_tokens=0"])
+
+
+def test_nothing_to_score_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare:
+        """Bytes, with nothing around a document: a document of one byte has no target."""
+
+        vocab_size, bos_id, eos_id, lossless, fingerprint = 257, None, None, True, "bare"
+
+        def encode(self, text: str) -> np.ndarray:
+            return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+
+        def target_bytes(self, ids: np.ndarray, prev_ids: np.ndarray) -> np.ndarray:
+            return np.ones_like(ids)
+
+    trainer = trained(tiny, steps=1)
+    letters = tiny.with_name("letters.txt")
+    letters.write_text("a\nb\nc\n")
+    dataset = Component.named("dataset", "text", paths=("corpus.txt",), validation_paths=(str(letters),), unit="line")
+    monkeypatch.chdir(tiny.parent)
+    with pytest.raises(DataError, match="validation set 'validation': its text has no token that follows"):
+        score(trainer.module, replace(trainer.validation[0], dataset=dataset, tokenizer=Bare()), CPU)
+
+
+def test_scores_that_are_too_large_for_a_float() -> None:
+    scores = Scores(loss=1e4, n_tokens=2, n_bytes=0, nll=2e4)
+    assert scores.perplexity == math.inf
+    assert math.isnan(scores.bits_per_byte)
+    assert scores.metrics("validation/v", "averaged_").keys() == {f"validation/v/averaged_{name}" for name in ("loss", "perplexity", "bits_per_byte")}
+
+
+# ---------------------------------------------------------------- side effects
+def test_scoring_leaves_everything_as_it_was(tiny: Path) -> None:
+    with Trainer(load(tiny)) as trainer:
+        for _ in range(3):
+            trainer.train_step()
+        state = json.dumps(trainer.loader.state(), default=lambda array: array.tolist())
+        generators = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
+        weights = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+        for training in (True, False):
+            trainer.module.train(training)
+            score(trainer.module, trainer.validation[0], CPU)
+            assert all(module.training == training for module in trainer.module.modules())
+        assert random.getstate() == generators[0]
+        assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(legacy=True), generators[1], strict=True))
+        assert torch.equal(torch.get_rng_state(), generators[2])
+        assert json.dumps(trainer.loader.state(), default=lambda array: array.tolist()) == state
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.module.state_dict().items())
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
+        assert torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------- targets
+def values(target: Path, **settings: Any) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(evaluate_target(target, as_json=True, **settings))
+    return result
+
+
+def test_raw_and_averaged_weights(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = trained(tiny, steps=8)
+    run = trainer.folder.path
+    raw = score(trainer.module, trainer.validation[0], CPU)
+    with trainer.averagers[0].swap():
+        averaged = score(trainer.module, trainer.validation[0], CPU)
+    assert raw != averaged
+    assert values(run, averaged=False) == {
+        "target": str(run),
+        "weights": "raw",
+        "validation": {
+            "validation": {
+                "loss": raw.loss, "perplexity": raw.perplexity, "bits_per_byte": raw.bits_per_byte, "tokens": raw.n_tokens, "bytes": raw.n_bytes,
+            }
+        },
+    }  # fmt: skip
+    for choice in (None, True):
+        result = values(run, averaged=choice)
+        assert result["weights"] == "averaged"
+        assert result["validation"]["validation"]["loss"] == averaged.loss
+    capsys.readouterr()
+    assert main(["eval", str(run), "--raw"]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head == f"{run / 'checkpoints' / 'step-00000008'} (raw weights)"
+    assert line == (
+        f"  validation: loss {raw.loss:.4f}  perplexity {raw.perplexity:.3f}  bits per byte {raw.bits_per_byte:.4f}"
+        f"  ({raw.n_tokens:,} tokens, {raw.n_bytes:,} bytes)"
+    )
+    assert main(["eval", str(run), "--json", "--validation.0.max_tokens=100"]) == 0
+    (result,) = capsys.readouterr().out.splitlines()
+    assert json.loads(result)["validation"]["validation"]["tokens"] <= 96
+
+
+def test_a_run_without_an_average(tiny: Path) -> None:
+    text = tiny.read_text()
+    tiny.write_text(text.replace('[averager]\nname = "ema"\ndecay = 0.9\n', ""))
+    run = trained(tiny, steps=2).folder.path
+    assert values(run)["weights"] == "raw"
+    with pytest.raises(TitanError, match="has no averager, so there are no averaged weights"):
+        evaluate_target(run, averaged=True)
+
+
+def test_run_checkpoint_and_artifact_agree(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An artifact in float32 without quantizers is the averaged weights, bit for bit."""
+    run = trained(tiny, "--export.dtype=float32", steps=8).folder.path
+    assert main(["export", str(run)]) == 0
+    targets = [run, run / "checkpoints" / "step-00000008", run / "artifact.titanlm"]
+    results = [values(target) for target in targets]
+    assert results[0]["validation"] == results[1]["validation"] == results[2]["validation"]
+    assert [result["weights"] for result in results] == ["averaged", "averaged", "artifact"]
+    whole, packed = open_target(targets[0]), open_target(targets[2])
+    for name, parameter in whole.module.named_parameters():
+        assert torch.equal(parameter, packed.module.get_parameter(name)), name
+    assert values(targets[1].with_name("step-00000007"))["validation"] != results[0]["validation"]
+
+
+def test_several_sets(tiny: Path) -> None:
+    run = trained(tiny, '--validation=[{name="held out",max_tokens=500},{name="seen",split="train",max_tokens=500}]', steps=2).folder.path
+    results = values(run)["validation"]
+    assert list(results) == ["held out", "seen"]
+    assert results["held out"]["loss"] != results["seen"]["loss"]
+    assert evaluate_target(run).count("\n") == 2
