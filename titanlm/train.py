@@ -41,8 +41,10 @@ from titanlm.train_module import TrainModule
 from titanlm.weights import initialise, load_weights, unique_names
 
 RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.threads", "data.prefetch")
-RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "quantizer", "imports")
+RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports")
 """Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
+RESUMABLE_ROUNDING = ("train.micro_batch", "train.activation_checkpointing", "train.compile", "loss.chunk_tokens")
+"""Those that change the steps that follow by rounding alone; they are the remedies for a lack of memory."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -229,7 +231,7 @@ class Trainer:
                     self.train_step()
                     step, last = self.progress.step, self.progress.step == train.steps
                     if (trace := self.profile.after_step(step)) is not None:
-                        self.loggers.message(f"profile of {self.config.profile} written to {trace}")
+                        self.loggers.message(f"profile written to {trace}; open it in a trace viewer such as Perfetto")
                     if step % train.log_every == 0 or last:
                         self.log()
                     # Saved before it is validated: a failing validation must not cost the training before it.
@@ -290,6 +292,11 @@ class Trainer:
                     with averager.swap():
                         metrics |= score(self.module, entry, self.device).metrics(f"validation/{entry.name}", "averaged_")
         self.loggers.log(self.progress.step, metrics)
+        counts = self.loader.counts()
+        if missing := counts["uncounted_bytes"]:
+            # A tokenizer that normalises is scored by its pieces; by how much that differs is never hidden.
+            share = missing / max(1, counts["text_bytes"])
+            self.loggers.message(f"bits per byte counts {-missing:+,} bytes ({-share:+.2%}) against the text read so far: the tokenizer does not round-trip")
         return metrics
 
     def sample(self) -> None:
@@ -381,8 +388,11 @@ def find_earlier(config: RunConfig) -> Earlier | None:
 
     Raises CheckpointError when the config may not go on from it.
     """
-    folder = checkpoint.latest(Path(config.run.dir) / config.run.name / "checkpoints")
+    root = Path(config.run.dir) / config.run.name / "checkpoints"
+    folder = checkpoint.latest(root)
     if folder is None:
+        if checkpoint.steps(root):
+            raise CheckpointError(f"{root}: no checkpoint in it is sound; move the run folder away or choose another run.name to start anew")
         return None
     if config.checkpoint.resume == "never":
         raise CheckpointError(f"{folder.parent.parent} holds checkpoints and checkpoint.resume is 'never'; choose another run.name")
@@ -411,11 +421,10 @@ def clip_gradients(parameters: list[Any], largest: float | None) -> Tensor:
 
 def require_same_run(stored: RunConfig, config: RunConfig, folder: Path) -> None:
     """Raise CheckpointError with the settings that differ and may not on resume."""
-    changed = [
-        f"{path}: {before!r} → {after!r}"
-        for path, before, after in diff(stored, config)
-        if not path.startswith(RESUMABLE) and not path.startswith(RESUMABLE_SECTIONS)
-    ]
+    free = (*RESUMABLE, *RESUMABLE_SECTIONS, *RESUMABLE_ROUNDING)
+    if not any(hasattr(quantizer.build(), "prepare") for quantizer in (*stored.quantizer, *config.quantizer)):
+        free += ("quantizer",)  # none has a part in training
+    changed = [f"{path}: {before!r} → {after!r}" for path, before, after in diff(stored, config) if not path.startswith(free)]
     if changed:
         raise CheckpointError(
             f"{folder} was saved with other settings; go back to them or choose another run.name:\n  " + "\n  ".join(changed)
@@ -450,7 +459,10 @@ def train(config: RunConfig) -> int:
 
 def dry_run(config: RunConfig) -> str:
     """Check a config and say what it would take, on the meta device only."""
-    return preflight(config).summary
+    report = check(config)
+    if report.problems:
+        raise ConfigError(report.problems, config.run.name or "config")
+    return "\n".join([*(f"WARNING: {warning}" for warning in report.warnings), report.summary])
 
 
 if __name__ == "__main__":

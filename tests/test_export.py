@@ -1,0 +1,380 @@
+"""Finalize: the order of its parts, what is in the artifact, and that it stands by itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titanlm import checkpoint, export, registry
+from titanlm.check import build_model
+from titanlm.cli import main
+from titanlm.config import load, loads
+from titanlm.errors import ArtifactError, CheckpointError, ConfigError
+from titanlm.evaluate import evaluate_target
+from titanlm.export import encode_tensors, export_run
+from titanlm.exporters.artifact import ArtifactExporter, inspect, read_artifact
+from titanlm.exporters.encoding import decode_tensors
+from titanlm.models.layers.linear import Linear
+from titanlm.quantizers.rowwise import Rowwise
+from titanlm.registry import register
+from titanlm.targets import find_checkpoint
+from titanlm.tokenizers.training import train_sentencepiece
+from titanlm.train import Trainer
+
+QUANTIZERS = '--quantizer=[{name="int8",params=["@embedding"]},{name="int6",params=["@matrix"]}]'
+
+
+# ---------------------------------------------------------------- components of the test's own
+@dataclass(frozen=True)
+class HalveConfig:
+    """No settings."""
+
+
+class Halve:
+    """Zeroes half of what is left of every matrix until the artifact fits."""
+
+    def __init__(self, config: HalveConfig, *, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+
+    def fit(self, tensors: dict[str, Tensor], size_bytes: Callable[[dict[str, Tensor]], int]) -> dict[str, Tensor]:
+        kept = 1.0
+        while size_bytes(tensors) > self.max_bytes:
+            kept /= 2
+            tensors = {name: _top(tensor, kept) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+        return tensors
+
+
+def _top(tensor: Tensor, share: float) -> Tensor:
+    edge = tensor.abs().flatten().kthvalue(max(1, int(tensor.numel() * (1 - share)))).values
+    return tensor.masked_fill(tensor.abs() <= edge, 0.0)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 2
+
+
+class LoraLinear(Linear):
+    """W x + B A x; the matrix keeps its name."""
+
+    def __init__(self, plain: Linear, rank: int) -> None:
+        nn.Module.__init__(self)
+        n_out, n_in = plain.weight.shape
+        self.weight = plain.weight
+        self.a, self.b = nn.Parameter(torch.empty(rank, n_in)), nn.Parameter(torch.empty(n_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+
+class Lora:
+    """Low-rank updates of two matrices, the only ones that are trained (Hu et al., arXiv:2106.09685)."""
+
+    PATHS = ("blocks.0.attention.q_proj", "blocks.1.feed_forward.down_proj")
+
+    def __init__(self, config: LoraConfig, *, model: Any) -> None:
+        self.model = model
+        for path in self.PATHS:
+            model.set_submodule(path, LoraLinear(model.get_submodule(path), config.rank))
+
+    def trains(self, name: str) -> bool:
+        return name.endswith((".a", ".b"))
+
+    def parameter_roles(self) -> dict[str, str]:
+        return {f"{path}.{part}": "matrix" for path in self.PATHS for part in "ab"}
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        for path in self.PATHS:
+            layer = self.model.get_submodule(path)
+            layer.a.copy_(torch.randn(layer.a.shape, generator=torch.Generator().manual_seed(seed)) / layer.a.shape[1] ** 0.5)
+            layer.b.zero_()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        for path in self.PATHS:
+            layer = self.model.get_submodule(path)
+            plain = Linear(layer.weight.shape[1], layer.weight.shape[0])
+            plain.weight = nn.Parameter(layer.weight + layer.b @ layer.a)
+            self.model.set_submodule(path, plain)
+
+
+@pytest.fixture
+def components() -> Iterator[None]:
+    """The fitter ``halve`` and the adapter ``lora``, for one test."""
+    register("fitter", "halve")(Halve)
+    register("adapter", "lora")(Lora)
+    yield
+    for key in (("fitter", "halve"), ("adapter", "lora")):
+        registry._entries.pop(key)
+
+
+# ---------------------------------------------------------------- helpers
+def train(config_path: Path, *overrides: str, steps: int = 8) -> Path:
+    with Trainer(load(config_path, [f"--train.steps={steps}", "--scheduler=constant", "--validation.0.max_tokens=500", *overrides])) as trainer:
+        trainer.train()
+    return trainer.folder.path
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    return decode_tensors(read_artifact(path).tensors)
+
+
+def average_of(run: Path, step: int) -> dict[str, Tensor]:
+    average: dict[str, Tensor] = checkpoint.load(run / "checkpoints" / f"step-{step:08d}")[0]["averagers"][0]["average"]
+    return average
+
+
+def scores(text: str) -> dict[str, float]:
+    """Row → loss."""
+    return {name.strip(): float(loss) for name, loss in re.findall(r"^  (\S.*?) {2,}([0-9.]+) ", text, re.MULTILINE)}
+
+
+# ---------------------------------------------------------------- order and scores
+def test_the_order_of_finalize(tiny: Path, components: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tiny, "--adapter=lora", "--fitter=halve", "--export.max_bytes=999_999", '--quantizer=["int8"]')
+    events: list[str] = []
+
+    def record(owner: Any, name: str, event: str) -> None:
+        real = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if events[-1:] != [event]:
+                events.append(event)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    for owner, name, event in (
+        (export, "score_all", "score"),
+        (export, "use_average", "average"),
+        (Lora, "merge", "merge"),
+        (Halve, "fit", "fit"),
+        (ArtifactExporter, "size_bytes", "measure"),
+        (Rowwise, "encode", "encode"),
+        (ArtifactExporter, "write", "write"),
+        (ArtifactExporter, "read", "read"),
+    ):
+        record(owner, name, event)
+    export_run(run)
+    assert events == ["score", "average", "score", "merge", "fit", "encode", "measure", "encode", "write", "read", "score"]
+
+
+def test_three_scores_and_the_size_are_printed(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tiny, QUANTIZERS, '--validation=[{name="one",max_tokens=500},{name="two",max_tokens=300}]')
+    capsys.readouterr()
+    assert main(["export", str(run), "--export.max_bytes=30_000"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")][:2] == ["one", "two"]
+    assert [line[2:18].strip() for line in lines if line.startswith("  ")] == ["raw", "averaged", "after round trip"] * 2
+    n_bytes = (run / "artifact.titanlm").stat().st_size
+    assert lines[-1] == f"{run / 'artifact.titanlm'}: {n_bytes:,} bytes of 30,000 allowed (zstd, bytes)"
+    assert n_bytes <= 30_000
+    # Each row is what `titanlm eval` says of it.
+    for row, settings in (("raw", {"averaged": False}), ("averaged", {"averaged": True})):
+        loss = float(evaluate_target(run, **settings).split("two: loss ")[1].split()[0])
+        assert scores(text)[row] == loss  # the last set's
+    assert scores(text)["after round trip"] == float(evaluate_target(run / "artifact.titanlm").split("two: loss ")[1].split()[0])
+
+
+def test_a_run_without_an_average_has_two_scores(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace('[averager]\nname = "ema"\ndecay = 0.9\n', ""))
+    assert list(scores(export_run(train(tiny, steps=2)))) == ["raw", "after round trip"]
+
+
+# ---------------------------------------------------------------- what is in it
+def test_quantized_within_the_limit_and_close(tiny: Path) -> None:
+    run = train(tiny, "--export.max_bytes=30_000")
+    plain = scores(export_run(run, overrides=["--export.max_bytes=99_999", "--export.dtype=float32"]))
+    quantized = scores(export_run(run, overrides=[QUANTIZERS]))
+    assert plain["after round trip"] == plain["averaged"] == quantized["averaged"]
+    assert quantized["after round trip"] == pytest.approx(plain["averaged"], abs=0.02)
+    header = inspect(run / "artifact.titanlm")
+    assert (run / "artifact.titanlm").stat().st_size <= 30_000
+    by_quantizer = {spec.name: header.quantizers[spec.quantizer][0] if spec.quantizer is not None else spec.dtype for spec in header.tensors}
+    assert by_quantizer["embedding.weight"] == "int8"
+    assert by_quantizer["blocks.0.attention.q_proj.weight"] == "int6"
+    assert by_quantizer["norm.weight"] == "float16"
+    # Every value within half a level of the average.
+    average = average_of(run, 8)
+    for name, tensor in tensors_of(run / "artifact.titanlm").items():
+        bits = {"int8": 8, "int6": 6}.get(by_quantizer[name])
+        level = average[name].abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1) if bits else average[name].abs() * 2**-10
+        assert ((tensor.float() - average[name]).abs() <= 0.5005 * level + 1e-7).all(), name
+
+
+def test_float32_without_quantizers_is_the_average_bit_for_bit(tiny: Path) -> None:
+    run = train(tiny, "--export.dtype=float32")
+    export_run(run)
+    written, average = tensors_of(run / "artifact.titanlm"), average_of(run, 8)
+    assert written.keys() == average.keys()
+    for name, tensor in average.items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_the_config_in_it_is_the_runs(tiny: Path) -> None:
+    run = train(tiny, steps=2)
+    export_run(run, overrides=["--export.dtype=bfloat16"])
+    stored = loads(read_artifact(run / "artifact.titanlm").config_toml)
+    assert stored.export.dtype == "bfloat16"
+    assert stored.run.name == "tiny"
+    assert inspect(run / "artifact.titanlm").tensors[0].dtype == "bfloat16"
+
+
+def test_the_same_bytes_twice(tiny: Path) -> None:
+    run = train(tiny, QUANTIZERS)
+    export_run(run)
+    export_run(run, output=run / "deep" / "again")
+    assert (run / "deep" / "again").read_bytes() == (run / "artifact.titanlm").read_bytes()
+
+
+def test_a_given_step(tiny: Path) -> None:
+    run = train(tiny, "--checkpoint.every=3", "--export.dtype=float32")
+    for step in (3, 6):
+        export_run(run, step=step)
+        average = average_of(run, step)
+        assert all(torch.equal(tensor, average[name]) for name, tensor in tensors_of(run / "artifact.titanlm").items())
+    export_run(run / "checkpoints" / "step-00000003", output=run / "three")
+    assert all(torch.equal(tensor, average_of(run, 3)[name]) for name, tensor in tensors_of(run / "three").items())
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 4 \(there: 3, 6, 8\)"):
+        export_run(run, step=4)
+
+
+def test_a_checkpoint_away_from_its_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tiny, steps=2)
+    away = tiny.parent / "away" / "step-00000002"
+    shutil.copytree(run / "checkpoints" / "step-00000002", away)
+    export_run(away)
+    assert (away.parent / "artifact.titanlm").is_file()
+    monkeypatch.chdir(run / "checkpoints")
+    export_run(Path("step-00000002"))
+    assert (run / "artifact.titanlm").is_file()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_run_whose_name_looks_like_a_checkpoint(tiny: Path) -> None:
+    run = train(tiny, "--run.name=step-by-step", steps=2)
+    assert find_checkpoint(run) == run / "checkpoints" / "step-00000002"
+
+
+# ---------------------------------------------------------------- the limit
+def test_the_limit_is_met_to_the_byte(tiny: Path) -> None:
+    run = train(tiny, steps=2)
+    artifact = run / "artifact.titanlm"
+    export_run(run, overrides=["--export.max_bytes=99999"])
+    n_bytes = artifact.stat().st_size
+    assert 10_000 < n_bytes < 99_999  # as many digits: the limit stands in the header
+    export_run(run, overrides=[f"--export.max_bytes={n_bytes}"])
+    kept = artifact.read_bytes()
+    assert len(kept) == n_bytes
+    with pytest.raises(ArtifactError, match=f"takes {n_bytes:,} bytes, 1 over export.max_bytes = {n_bytes - 1:,}; nothing was written"):
+        export_run(run, overrides=[f"--export.max_bytes={n_bytes - 1}"])
+    assert artifact.read_bytes() == kept
+    with pytest.raises(ArtifactError):
+        export_run(run, output=run / "new", overrides=["--export.max_bytes=1"])
+    assert not (run / "new").exists()
+
+
+def test_a_fitter_makes_it_fit(tiny: Path, components: None) -> None:
+    run = train(tiny)
+    with pytest.raises(ArtifactError, match="over export.max_bytes = 40,000"):
+        export_run(run, overrides=["--export.max_bytes=40_000"])
+    text = export_run(run, overrides=["--export.max_bytes=40_000", "--fitter=halve"])
+    assert (run / "artifact.titanlm").stat().st_size <= 40_000
+    written = tensors_of(run / "artifact.titanlm")
+    assert (written["embedding.weight"] == 0).float().mean() >= 0.5
+    assert (written["norm.weight"] != 0).all()
+    assert scores(text)["after round trip"] != scores(text)["averaged"]
+    export_run(run, overrides=["--export.max_bytes=99_999", "--fitter=halve"])
+    assert (tensors_of(run / "artifact.titanlm")["embedding.weight"] == 0).float().mean() < 0.01  # fits as it is
+    with pytest.raises(ConfigError, match="fitter: 'halve' fits an artifact to export.max_bytes, which is not set"):
+        export_run(run, overrides=["--fitter=halve"])
+
+
+def test_values_beyond_the_dtype_are_refused(tiny: Path) -> None:
+    config = load(tiny)
+    model = build_model(config, config.tokenizer.build())
+    tensors = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors["norm.weight"][3] = -1e5
+    with pytest.raises(ArtifactError, match=r"""'norm.weight' reaches 1e\+05, too large for export.dtype = 'float16'; use "bfloat16" or "float32\""""):
+        encode_tensors(config, model, tensors)
+    for dtype in ("bfloat16", "float32"):
+        encoded = encode_tensors(load(tiny, [f"--export.dtype={dtype}"]), model, tensors)["norm.weight"]
+        assert isinstance(encoded, Tensor)
+        assert encoded[3] == pytest.approx(-1e5, rel=1e-2)
+
+
+# ---------------------------------------------------------------- adapters
+def test_an_adapter_is_trained_alone_and_merged(tiny: Path, components: None) -> None:
+    with Trainer(load(tiny, ["--run.name=fresh"])) as fresh:
+        initial = {name: parameter.detach().clone() for name, parameter in fresh.model.named_parameters()}
+    run = train(tiny, "--adapter=lora", "--export.dtype=float32")
+    state = checkpoint.load(run / "checkpoints" / "step-00000008")[0]
+    added = {f"{path}.{part}" for path in Lora.PATHS for part in "ab"}
+    assert state["model"].keys() == initial.keys() | added
+    for name, tensor in initial.items():
+        assert torch.equal(state["model"][name], tensor), f"{name} is frozen"
+    assert state["optimizers"][0].keys() == added
+    assert all(state["model"][name].abs().sum() > 0 for name in added)
+
+    text = export_run(run)
+    written, average = tensors_of(run / "artifact.titanlm"), average_of(run, 8)
+    assert written.keys() == initial.keys()
+    for name, tensor in written.items():
+        path = name.removesuffix(".weight")
+        expected = average[name] + average[f"{path}.b"] @ average[f"{path}.a"] if path in Lora.PATHS else average[name]
+        assert torch.equal(tensor, expected), name
+    assert loads(read_artifact(run / "artifact.titanlm").config_toml).adapter is None
+    assert scores(text)["after round trip"] == pytest.approx(scores(text)["averaged"], abs=1.1e-4)
+    assert scores(text)["raw"] != pytest.approx(scores(text)["averaged"], abs=1.1e-4)
+
+
+# ---------------------------------------------------------------- tokenizers
+@pytest.fixture
+def spoken(tiny: Path, corpus: Path) -> Path:
+    """A run with a sentencepiece tokenizer."""
+    model = tiny.parent / "spm.model"
+    train_sentencepiece([corpus.read_text(encoding="utf-8")], model, 320)
+    return train(tiny, f'--tokenizer={{name="sentencepiece",path="{model}"}}', steps=3)
+
+
+def test_an_embedded_tokenizer_travels(spoken: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_run(spoken)
+    before = evaluate_target(spoken / "artifact.titanlm")
+    moved = tmp_path / "elsewhere" / "model.titanlm"
+    moved.parent.mkdir()
+    (spoken / "artifact.titanlm").rename(moved)
+    (tiny.parent / "spm.model").unlink()
+    assert evaluate_target(moved).splitlines()[1:] == before.splitlines()[1:]
+    capsys.readouterr()
+    assert main(["generate", str(moved), "--prompt", "größe 🙂", "--max-tokens=20"]) == 0
+    assert capsys.readouterr().out.startswith("größe 🙂")
+
+
+def test_a_tokenizer_beside_the_artifact(spoken: Path, tiny: Path, tmp_path: Path) -> None:
+    embedded = export_run(spoken)
+    size = (spoken / "artifact.titanlm").stat().st_size
+    text = export_run(spoken, overrides=["--export.tokenizer=beside"])
+    beside, artifact = spoken / "tokenizer.model", spoken / "artifact.titanlm"
+    assert beside.read_bytes() == (tiny.parent / "spm.model").read_bytes()
+    assert artifact.stat().st_size < size
+    assert f"{artifact.stat().st_size + beside.stat().st_size:,} bytes" in text  # both count
+    assert scores(text) == scores(embedded)
+    (tiny.parent / "spm.model").unlink()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move(artifact, moved / "model")
+    with pytest.raises(ArtifactError, match="tokenizer.model"):
+        evaluate_target(moved / "model")
+    shutil.move(beside, moved / "tokenizer.model")
+    evaluate_target(moved / "model")
