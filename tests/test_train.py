@@ -17,7 +17,8 @@ from titanlm import checkpoint
 from titanlm.config import load
 from titanlm.errors import CheckpointError, ConfigError, NonFiniteError, TitanError
 from titanlm.interrupts import Interrupted
-from titanlm.train import RESUMABLE, Trainer, choose_device, clip_gradients
+from titanlm.resume import RESUMABLE
+from titanlm.train import Trainer, choose_device, clip_gradients
 
 
 def run(config_path: Path, *overrides: str) -> Trainer:

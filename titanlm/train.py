@@ -20,7 +20,7 @@ from torch import Tensor
 
 from titanlm import checkpoint, randomness
 from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
-from titanlm.config import RunConfig, diff, dump, loads
+from titanlm.config import RunConfig, dump
 from titanlm.data import Loader, StepData, build_streams
 from titanlm.distributed import activation_checkpointing
 from titanlm.distributed.compile import compile_module
@@ -36,15 +36,10 @@ from titanlm.patterns import NamedParam
 from titanlm.precision import set_precision
 from titanlm.profiling import ProfileWindow
 from titanlm.progress import Phase, Phases, Progress
+from titanlm.resume import Earlier, find_earlier
 from titanlm.runs import RunFolder
 from titanlm.train_module import TrainModule
 from titanlm.weights import initialise, load_weights, unique_names
-
-RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.threads", "data.prefetch")
-RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports")
-"""Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
-RESUMABLE_ROUNDING = ("train.micro_batch", "train.activation_checkpointing", "train.compile", "loss.chunk_tokens")
-"""Those that change the steps that follow by rounding alone; they are the remedies for a lack of memory."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -379,28 +374,6 @@ def preflight(config: RunConfig) -> Report:
     return report
 
 
-Earlier = tuple[Path, dict[str, Any]]
-"""A checkpoint's folder and its state."""
-
-
-def find_earlier(config: RunConfig) -> Earlier | None:
-    """The newest valid checkpoint of the run folder, if there is one.
-
-    Raises CheckpointError when the config may not go on from it.
-    """
-    root = Path(config.run.dir) / config.run.name / "checkpoints"
-    folder = checkpoint.latest(root)
-    if folder is None:
-        if checkpoint.steps(root):
-            raise CheckpointError(f"{root}: no checkpoint in it is sound; move the run folder away or choose another run.name to start anew")
-        return None
-    if config.checkpoint.resume == "never":
-        raise CheckpointError(f"{folder.parent.parent} holds checkpoints and checkpoint.resume is 'never'; choose another run.name")
-    state, stored = checkpoint.load(folder)
-    require_same_run(loads(stored, f"{folder}/config.toml"), config, folder)
-    return folder, state
-
-
 def first_phase(config: RunConfig, world: World) -> Phase:
     train = config.train
     rows = train.micro_batch * world.size
@@ -417,18 +390,6 @@ def clip_gradients(parameters: list[Any], largest: float | None) -> Tensor:
     if largest is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
-
-
-def require_same_run(stored: RunConfig, config: RunConfig, folder: Path) -> None:
-    """Raise CheckpointError with the settings that differ and may not on resume."""
-    free = (*RESUMABLE, *RESUMABLE_SECTIONS, *RESUMABLE_ROUNDING)
-    if not any(hasattr(quantizer.build(), "prepare") for quantizer in (*stored.quantizer, *config.quantizer)):
-        free += ("quantizer",)  # none has a part in training
-    changed = [f"{path}: {before!r} → {after!r}" for path, before, after in diff(stored, config) if not path.startswith(free)]
-    if changed:
-        raise CheckpointError(
-            f"{folder} was saved with other settings; go back to them or choose another run.name:\n  " + "\n  ".join(changed)
-        )
 
 
 def out_of_memory(config: RunConfig, error: BaseException) -> str:
