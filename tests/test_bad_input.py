@@ -22,6 +22,12 @@ ROOT = Path(__file__).parent.parent
 Refuse = Callable[..., str]
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` takes a GPU where there is one; what must not touch one is a message."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def refuse(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refuse:
     """Runs a command that must end in status 2 and a message, which is returned; nothing may be written or computed before."""
@@ -236,7 +242,6 @@ def test_missing_packages(refuse: Refuse, tiny: Path, monkeypatch: pytest.Monkey
 
 
 def test_missing_devices(refuse: Refuse, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (problem,) = problems(refuse("train", tiny, "--train.device=cuda"))
     assert problem.startswith("train.device: 'cuda' is not available here, ")
     assert problem.endswith("; use 'cpu' or 'auto'")

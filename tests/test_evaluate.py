@@ -28,6 +28,12 @@ CPU = torch.device("cpu")
 BOUNDARY = 256
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, ``auto`` would take it, and sums would differ in the last digits."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def trained(config_path: Path, *overrides: str, steps: int = 4) -> Trainer:
     with Trainer(load(config_path, [f"--train.steps={steps}", "--scheduler=constant", *overrides])) as trainer:
         trainer.train()

@@ -85,6 +85,8 @@ def materialise(config: RunConfig, tokenizer: Any, weights: dict[str, Any], devi
     from titanlm.precision import set_precision
     from titanlm.train_module import TrainModule
 
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
     report = Report()
     model = report.attempt("model", lambda: build_model(config, tokenizer))
     if model is None:

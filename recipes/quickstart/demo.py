@@ -9,6 +9,7 @@ it write. Ends with a plot of the loss curve in the run folder. Every step is a
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ INTERRUPT_AT = 80
 
 
 def titanlm(*arguments: str) -> list[str]:
-    print(f"\n$ titanlm {' '.join(arguments)}", flush=True)
+    print(f"\n$ titanlm {shlex.join(arguments)}", flush=True)
     return [sys.executable, "-m", "titanlm", *arguments]
 
 
@@ -74,6 +75,7 @@ def plot(run: Path) -> None:
     for key, label in (("validation/stdlib/bits_per_byte", "held out"), ("validation/stdlib/averaged_bits_per_byte", "held out, averaged weights")):
         scored = [row for row in rows if key in row]
         axes.plot([row["step"] for row in scored], [row[key] for row in scored], "o", label=label)
+    axes.axvline(INTERRUPT_AT, color="grey", linestyle=":", label="Ctrl-C and resume")
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.set_title("train_configs/debug.toml, interrupted once and resumed")

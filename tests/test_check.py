@@ -1,0 +1,148 @@
+"""What a check builds, sums up and calls a problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from titanlm.check import Report, build_model, check, optimizer_claims, quantizer_claims, roles_of
+from titanlm.config import load
+from titanlm.errors import DataError, TitanError
+
+
+def test_a_good_config(tiny: Path) -> None:
+    before = sorted(tiny.parent.rglob("*"))
+    state = torch.get_rng_state()
+    report = check(load(tiny))
+    assert report.problems == report.warnings == []
+    assert report.tokenizer.vocab_size == 257
+    assert all(tensor.is_meta for tensor in (*report.model.parameters(), *report.model.buffers()))
+    assert sorted(tiny.parent.rglob("*")) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_summary_counted_by_hand(tiny: Path) -> None:
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32  # queries, keys and values of 2 heads of 8, output
+    feed_forward = 3 * 32 * 64
+    norms = 2 * 32 + 2 * 8
+    parameters = 257 * 32 + 2 * (attention + feed_forward + norms) + 32
+    matrices = 257 * 32 + 2 * (attention + feed_forward)
+    flops = 6 * matrices + 12 * 2 * 32 * 48
+    assert check(load(tiny)).summary.splitlines() == [
+        f"parameters       {parameters:,}",
+        f"FLOPs per token  {flops:,} (forward and backward)",
+        "tokens per step  384 = 8 rows × 48, 2 micro-batches",
+        f"whole run        7,680 tokens, {flops * 7680:.3g} FLOPs",
+        f"memory           {parameters * 20 / 2**30:.3f} GiB for weights, gradients, two moments and average; activations come on top",
+    ]
+
+
+def test_warnings(tiny: Path) -> None:
+    report = check(load(tiny, ["--optimizer.0.lr=9e-6", "--train.sample_every=3"]))
+    assert report.problems == []
+    assert report.warnings == [
+        "train.sample_prompt: empty; samples start from an empty document",
+        "optimizer.0.lr: 9e-06 is low for pretraining; 1e-4 to 1e-2 is usual",
+    ]
+
+
+def test_one_mistake_hides_no_other(tiny: Path) -> None:
+    """A tokenizer that cannot be built leaves no model to look at, but schedules, names and batches are still checked."""
+    config = load(
+        tiny,
+        [
+            *('--tokenizer={name="sentencepiece",path="nope"}', "--train.micro_batch=3", "--scheduler.warmup_steps=99"),
+            *("--validation=[{},{}]", "--model.n_heads=5"),
+        ],
+    )
+    assert [problem.partition(":")[0] for problem in check(config).problems] == [
+        *("train.micro_batch", "tokenizer.path", "scheduler.warmup_steps", "validation"),
+    ]
+
+
+def test_a_model_that_cannot_be_built_is_one_problem(tiny: Path) -> None:
+    report = check(load(tiny, ["--model.n_heads=5", "--model.n_kv_heads=1"]))
+    assert report.model is None
+    assert len(report.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "problems"),
+    [
+        ("model", ValueError("n_heads: no\nhead_dim: odd"), ["model.n_heads: no", "model.head_dim: odd"]),
+        ("tokenizer", DataError("tokenizer.path: cannot read x"), ["tokenizer.path: cannot read x"]),
+        ("validation.1.dataset", DataError("dataset.paths: 'x' is no file"), ["validation.1.dataset.paths: 'x' is no file"]),
+        ("validation.1.dataset", DataError("dataset 'text': no rows"), ["validation.1.dataset: dataset 'text': no rows"]),
+        ("dataset", OSError(13, "Permission denied", "x"), ["dataset: [Errno 13] Permission denied: 'x'"]),
+        ("parallel", TitanError("WORLD_SIZE is 2: one process"), ["parallel: WORLD_SIZE is 2: one process"]),
+    ],
+)
+def test_where_a_problem_is(path: str, error: Exception, problems: list[str]) -> None:
+    def fail() -> Any:
+        raise error
+
+    report = Report()
+    for _ in range(2):  # said once
+        assert report.attempt(path, fail) is None
+    assert report.problems == problems
+    assert report.attempt(path, lambda: 3) == 3
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Report().attempt("model", lambda: 1 / 0)
+
+
+def test_claims(tiny: Path) -> None:
+    config = load(
+        tiny,
+        [
+            '--optimizer=[{name="adamw",params=["@embedding","*norm*"]},{name="adamw"}]',
+            '--quantizer=[{name="int6",params=["blocks.0.*"]},{name="int8"}]',
+        ],
+    )
+    model = build_model(config, config.tokenizer.build())
+    names = [name for name, _ in model.named_parameters()]
+    assert list(roles_of(model)) == names
+    first, second = optimizer_claims(config, model).claimed
+    assert set(first) == {name for name in names if "norm" in name or name == "embedding.weight"}
+    assert sorted(first + second) == sorted(names)
+    six, eight = quantizer_claims(config, model).claimed
+    assert set(six) == {name for name in names if name.startswith("blocks.0.")}
+    assert set(eight) == {name for name in names if name.endswith("weight") and not name.startswith("blocks.0.") and "norm" not in name}
+
+
+def test_frozen_parameters_need_no_optimizer(tiny: Path) -> None:
+    config = load(tiny)
+    model = build_model(config, config.tokenizer.build())
+    model.embedding.weight.requires_grad_(False)
+    assert "embedding.weight" not in roles_of(model)
+    assert "embedding.weight" not in optimizer_claims(config, model).claimed[0]
+
+
+def test_a_parameter_without_a_role(tiny: Path) -> None:
+    config = load(tiny)
+    model = build_model(config, config.tokenizer.build())
+    model.extra = torch.nn.Parameter(torch.zeros(1))
+    model.parameter_roles = lambda: {name: "matrix" for name, _ in model.named_parameters() if name != "extra"}
+    with pytest.raises(ValueError, match=r"parameter_roles\(\).* extra"):
+        roles_of(model)
+
+
+def test_no_text_in_the_first_row_is_a_problem(tiny: Path) -> None:
+    blank = tiny.with_name("blank.txt")
+    blank.write_text(" \n\n \n")
+    override = f'--validation.0.dataset={{name="text",paths=["{tiny.with_name("corpus.txt")}"],validation_paths=["{blank}"]}}'
+    (problem,) = check(load(tiny, [override])).problems
+    assert problem == "validation.0.dataset: no text for split 'validation': every row is empty or refused by dataset.filter"
+
+
+def test_sample_prompts(tiny: Path) -> None:
+    overrides = ["--train.sample_every=1", "--model.max_positions=48"]
+    assert check(load(tiny, [*overrides, f"--train.sample_prompt={'a' * 47}"])).problems == []
+    (problem,) = check(load(tiny, [*overrides, f"--train.sample_prompt={'a' * 48}"])).problems
+    assert problem == "train.sample_prompt: the prompt is 49 tokens long and model.max_positions is 48; shorten the prompt"
+    assert check(load(tiny, ["--model.max_positions=48", f"--train.sample_prompt={'a' * 48}"])).problems == []  # none are asked for
