@@ -327,7 +327,7 @@ def test_damaged_artifacts(refuse: Refuse, trained: Path) -> None:
     assert "the payload does not match its checksum, so the file is damaged; copy or export it again" in refuse("eval", trained / "flipped")
 
 
-def test_a_run_with_damaged_checkpoints_only(refuse: Refuse, trained: Path) -> None:
+def test_a_run_with_damaged_checkpoints_only(refuse: Refuse, tiny: Path, trained: Path) -> None:
     for folder in (trained / "checkpoints").iterdir():
         file = folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
@@ -335,6 +335,9 @@ def test_a_run_with_damaged_checkpoints_only(refuse: Refuse, trained: Path) -> N
         message = refuse(verb, trained)
         assert message.count("model.safetensors is damaged: its size or sha256 differs from the manifest; passed over") == 2
         assert message.endswith(f"{trained}: no valid checkpoint in it yet\n")
+    message = refuse("train", tiny, "--train.steps=4", "--checkpoint.every=2")  # it does not start over what was trained before
+    assert message.count("model.safetensors is damaged") == 2
+    assert message.endswith("no checkpoint in it is sound; move the run folder away or choose another run.name to start anew\n")
     assert "step-00000002: model.safetensors is damaged" in refuse("eval", trained / "checkpoints" / "step-00000002")
     assert "step-00000002: model.safetensors is damaged" in refuse("export", trained, "--step=2")
 

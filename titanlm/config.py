@@ -125,7 +125,7 @@ class Validation:
     """Heads the metrics of this set."""
     dataset: Annotated[Component, Slot("dataset")] | None = None
     """None: the run's own dataset."""
-    split: str = "validation"
+    split: Literal["train", "validation"] = "validation"
     max_tokens: NonNegativeInt = 0
     """Stop after so many positions; 0 scores the whole split."""
 

@@ -47,7 +47,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise TitanError("train.device: 'cuda' is not available here; `titanlm env` says what is")
+        raise TitanError("no CUDA device is available here; use 'cpu' or 'auto' (`titanlm env` says what there is)")
     return torch.device(name)
 
 
@@ -414,7 +414,7 @@ def train(config: RunConfig) -> int:
     if config.export.at_end:
         from titanlm.export import export_run
 
-        print(export_run(path))
+        print(export_run(path, device=config.train.device))
     return 0
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from titanlm.constraints import PositiveFloat, PositiveInt
-from titanlm.models.layers.attention import Attention, attention_mask
+from titanlm.models.layers.attention import Attention, attention_mask, keep_block_masks_outside_graphs
 from titanlm.models.layers.block import Block
 from titanlm.models.layers.cache import KVCache
 from titanlm.models.layers.embedding import Embedding
@@ -126,6 +126,11 @@ class Decoder(nn.Module):
             x = block(x, rotary, mask) if cache is None else block(x, rotary, mask, (cache.layers[i], batch.positions, cache.used))
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``nn.Module.compile``, in place."""
+        keep_block_masks_outside_graphs()
+        super().compile(*args, **kwargs)
 
     def new_cache(self, batch_size: int, max_len: int, device: torch.device | str) -> KVCache:
         """Room for ``max_len`` tokens in each of ``batch_size`` rows, in the compute dtype."""

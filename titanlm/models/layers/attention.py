@@ -89,7 +89,7 @@ def attention_mask(batch: Batch, backend: Backend, cache: KVCache | None = None)
     if backend == "flex" and not on_cuda:
         raise TitanError(f'model.attention_backend = "flex" trains on CUDA alone, not on {positions.device.type}; use "auto" or "sdpa"')
     if backend == "flex" or (backend == "auto" and on_cuda and batch.document_mask):
-        return _block_mask(ids if batch.document_mask else torch.zeros_like(ids))
+        return _build_block_mask(ids if batch.document_mask else torch.zeros_like(ids))
     if not batch.document_mask:
         return None
     n = ids.shape[1]
@@ -97,10 +97,6 @@ def attention_mask(batch: Batch, backend: Backend, cache: KVCache | None = None)
     return (causal & (ids[:, :, None] == ids[:, None, :]))[:, None]
 
 
-# Kept out of a compiled model: traced into one whole-model graph the mask made a
-# forward pass without gradients read outside its memory (torch 2.11, H200), and
-# training was slower than with the mask as that graph's input.
-@torch.compiler.disable
 def _block_mask(ids: Tensor) -> BlockMask:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -112,6 +108,21 @@ def _block_mask(ids: Tensor) -> BlockMask:
     n_rows, n = ids.shape
     block_mask: BlockMask = create(sees, n_rows, None, n, n, device=ids.device)
     return block_mask
+
+
+_build_block_mask = _block_mask
+
+
+def keep_block_masks_outside_graphs() -> None:
+    """To be called before a whole model is compiled: the mask becomes an input of its graph.
+
+    Traced into the graph, the mask made a forward pass without gradients read
+    outside its memory (torch 2.11, H200). Not a decorator, because
+    ``torch.compiler.disable`` imports the compiler, which takes a second that
+    only those who compile should wait.
+    """
+    global _build_block_mask
+    _build_block_mask = torch.compiler.disable(_block_mask)
 
 
 # Each takes q (B, H, T, dh), k and v (B, K, S, dh) and gives (B, H, T, dh) in the dtype of q.
