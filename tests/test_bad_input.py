@@ -175,7 +175,7 @@ def test_all_mistakes_are_listed_at_once(refuse: Refuse, tiny: Path) -> None:
     assert len(problems(refuse("train", tiny, *loading))) == len(loading)
     checked = [
         *("--train.micro_batch=3", "--train.seq_len=5000", "--model.n_kv_heads=3", "--model.vocab_size=9"),
-        *("--scheduler.warmup_steps=30", '--validation=[{},{}]', '--validation.0.dataset={name="text",paths=["x"]}'),
+        *("--scheduler.warmup_steps=30", "--validation=[{},{}]", '--validation.0.dataset={name="text",paths=["x"]}'),
     ]
     assert [problem.partition(": ")[0] for problem in problems(refuse("train", tiny, *checked))] == [
         *("train.micro_batch", "validation.0.dataset.paths", "model.n_kv_heads", "model.vocab_size", "model.max_positions"),

@@ -215,5 +215,3 @@ def test_optimizer_state_survives_another_grouping() -> None:
     assert torch.equal(second.state[b]["exp_avg_sq"], first.state[b]["exp_avg_sq"])
     with pytest.raises(CheckpointError, match="did `params` patterns change"):
         checkpoint.restore_optimizer(torch.optim.AdamW([a]), names, saved)
-
-

@@ -351,9 +351,7 @@ def test_an_outside_component_is_listed_and_described(outside: str, capsys: pyte
     assert "# odd = <number, optional>\n" in text
     assert 'mode = "b\\""  # "a" | "b\\""\n' in text
     assert pasted(text) == {
-        "optimizer": [
-            {"name": "lion", "lr": 1e-4, "params": ["*"], "mode": 'b"', "size": -1, "scales": {}, "packer": {"name": "concat", "size": 2}}
-        ]
+        "optimizer": [{"name": "lion", "lr": 1e-4, "params": ["*"], "mode": 'b"', "size": -1, "scales": {}, "packer": {"name": "concat", "size": 2}}]
     }
     assert cli.main(["list", "--import", "outside_nowhere"]) == 2
     assert "no module named 'outside_nowhere'" in capsys.readouterr().err

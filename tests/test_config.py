@@ -221,7 +221,7 @@ def test_slots(write: Any, text: str, problem: str) -> None:
     ],
 )
 def test_sections_and_lists(write: Any, text: str, problem: str) -> None:
-    rest = 'model = "toy"\n' + ('' if text.startswith("optimizer") else 'optimizer = {name = "stepper", lr = 1}\n')
+    rest = 'model = "toy"\n' + ("" if text.startswith("optimizer") else 'optimizer = {name = "stepper", lr = 1}\n')
     (found,) = problems_of(write(HEAD + rest + text + "\n"))
     assert problem in found
     assert found.startswith("run.toml:")
@@ -611,7 +611,7 @@ def test_a_stored_config_imports_and_extends_nothing(write: Any, module_dir: Pat
 # ---------------------------------------------------------------- out again
 def test_round_trip(write: Any) -> None:
     path = write(GOOD + '[run]\nname = "ä \\\\ \\" \\u0000 \\U0001F600\\n"\n')
-    config = load(path, ["--model.scales={a=1e22, \"b c\"=0.1}", '--model.filters=["toy_filter"]', "--model.width=3", "--profile={start=1}"])
+    config = load(path, ['--model.scales={a=1e22, "b c"=0.1}', '--model.filters=["toy_filter"]', "--model.width=3", "--profile={start=1}"])
     text = dump(config)
     assert loads(text) == config
     assert dump(loads(text)) == text

@@ -228,9 +228,7 @@ def other_model(path: Path, corpus: Path) -> str:
 
     out = io.BytesIO()
     lines: Iterator[str] = (line for line in corpus.read_text(encoding="utf-8").splitlines() if line)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=out, vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2
-    )
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=out, vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2)
     path.write_bytes(out.getvalue())
     return str(path)
 

@@ -167,7 +167,7 @@ def _check_model(config: RunConfig, report: Report) -> None:
     report.problems += [f"optimizer.{problem}" for problem in claims.problems]
     if claims.unclaimed:
         shown = ", ".join(claims.unclaimed[:5]) + ("…" if len(claims.unclaimed) > 5 else "")
-        report.problems.append(f"optimizer: no entry claims {shown}; add an entry with params = [\"*\"] at the end")
+        report.problems.append(f'optimizer: no entry claims {shown}; add an entry with params = ["*"] at the end')
     report.problems += [f"quantizer.{problem}" for problem in quantizer_claims(config, model).problems]
     report.summary = summary(config, model)
 

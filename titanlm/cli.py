@@ -61,11 +61,7 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> None:
     from titanlm.evaluate import evaluate_target
 
-    print(
-        evaluate_target(
-            args.target, overrides=args.overrides, imports=args.imports, device=args.device, averaged=args.averaged, as_json=args.json
-        )
-    )
+    print(evaluate_target(args.target, overrides=args.overrides, imports=args.imports, device=args.device, averaged=args.averaged, as_json=args.json))
 
 
 def _export(args: argparse.Namespace) -> None:

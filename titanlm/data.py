@@ -89,9 +89,7 @@ class Stream:
         return target_bytes
 
 
-def build_streams(
-    dataset: Component, packer: Component, tokenizer: Tokenizer, *, split: str, n_streams: int, seed: int, seq_len: int
-) -> list[Stream]:
+def build_streams(dataset: Component, packer: Component, tokenizer: Tokenizer, *, split: str, n_streams: int, seed: int, seq_len: int) -> list[Stream]:
     """All logical streams of a run, numbered as in the list; ``seq_len`` is the longest row a packer must expect."""
     return [
         Stream(
@@ -137,9 +135,7 @@ class Loader:
     Raises DataError when the ranks cannot share the streams evenly.
     """
 
-    def __init__(
-        self, streams: Sequence[Stream], *, world_size: int = 1, rank: int = 0, document_mask: bool = True, prefetch: int = 2
-    ) -> None:
+    def __init__(self, streams: Sequence[Stream], *, world_size: int = 1, rank: int = 0, document_mask: bool = True, prefetch: int = 2) -> None:
         if not streams or len(streams) % world_size:
             raise DataError(f"data.n_streams = {len(streams)} must be a multiple of the world size {world_size}")
         self._n_streams, self._world_size, self._rank = len(streams), world_size, rank
@@ -195,8 +191,7 @@ class Loader:
         """
         if state["n_streams"] != self._n_streams:
             raise DataError(
-                f"data.n_streams = {self._n_streams}, but the state to resume has {state['n_streams']}; "
-                "the order of the data depends on it: set it back"
+                f"data.n_streams = {self._n_streams}, but the state to resume has {state['n_streams']}; the order of the data depends on it: set it back"
             )
         missing = [number for number in self._streams if str(number) not in state["streams"]]
         if missing:

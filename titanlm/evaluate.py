@@ -80,9 +80,7 @@ class ValidationSet:
         )
 
     def stream(self) -> Stream:
-        (stream,) = build_streams(
-            self.dataset, self.packer, self.tokenizer, split=self.split, n_streams=1, seed=self.seed, seq_len=self.seq_len
-        )
+        (stream,) = build_streams(self.dataset, self.packer, self.tokenizer, split=self.split, n_streams=1, seed=self.seed, seq_len=self.seq_len)
         return stream
 
 

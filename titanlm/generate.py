@@ -164,6 +164,4 @@ def generate_text(
     if not 0 <= seed <= MAX_SEED:
         raise TitanError(f"--seed must be from 0 to {MAX_SEED}")
     opened = open_target(target, imports=imports, device=device)
-    yield from continue_text(
-        opened.module.model, opened.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    yield from continue_text(opened.module.model, opened.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -96,9 +96,7 @@ class StepMeter:
     devices that the counted tokens are trained on, None if unknown.
     """
 
-    def __init__(
-        self, flops_per_token: float, peak_flops: float | None, device: torch.device, *, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, flops_per_token: float, peak_flops: float | None, device: torch.device, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.flops_per_token, self.peak_flops, self.device = flops_per_token, peak_flops, device
         self.elapsed_s = 0.0
         """Training time up to the last step, pause or report; set it to what earlier starts of the run took."""

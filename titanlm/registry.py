@@ -367,11 +367,7 @@ def lookup(kind: str, name: str) -> Entry:
 def known(kind: str) -> dict[str, Origin]:
     """Every name of a kind and where it comes from; nothing is imported."""
     folder = Path(__file__).parent / KINDS[kind].folder
-    names = {
-        path.stem: Origin("built-in", str(path))
-        for path in sorted(folder.glob("*.py"))
-        if _builtin_file(KINDS[kind], path.stem) is not None
-    }
+    names = {path.stem: Origin("built-in", str(path)) for path in sorted(folder.glob("*.py")) if _builtin_file(KINDS[kind], path.stem) is not None}
     for point in importlib.metadata.entry_points(group=f"titanlm.{kind}"):
         owner = point.dist.name if point.dist is not None else "unknown distribution"
         origin = Origin("entry point", f"{point.value} ({owner})")

@@ -45,6 +45,4 @@ def require_same_run(stored: RunConfig, config: RunConfig, folder: Path) -> None
         free += ("quantizer",)  # none has a part in training
     changed = [f"{path}: {before!r} → {after!r}" for path, before, after in diff(stored, config) if not path.startswith(free)]
     if changed:
-        raise CheckpointError(
-            f"{folder} was saved with other settings; go back to them or choose another run.name:\n  " + "\n  ".join(changed)
-        )
+        raise CheckpointError(f"{folder} was saved with other settings; go back to them or choose another run.name:\n  " + "\n  ".join(changed))

@@ -99,9 +99,7 @@ def materialise(config: RunConfig, tokenizer: Any, weights: dict[str, Any], devi
     return module
 
 
-def open_target(
-    path: Path, *, overrides: Sequence[str] = (), imports: Sequence[str] = (), device: str = "auto", averaged: bool | None = None
-) -> Target:
+def open_target(path: Path, *, overrides: Sequence[str] = (), imports: Sequence[str] = (), device: str = "auto", averaged: bool | None = None) -> Target:
     """Open a run folder, a checkpoint folder or an artifact file.
 
     Raises TitanError when it is none of them, is damaged, or was made with

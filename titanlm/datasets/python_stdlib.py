@@ -48,9 +48,7 @@ def python_stdlib(config: PythonStdlibConfig, *, tokenizer: Tokenizer, split: st
     # Listings depend on which files there are, not on their order or on filters.
     listing = replace(config, shuffle=True, filter=())
     rows = shared(("python_stdlib", listing, split), lambda: SourceFiles(Path(sysconfig.get_path("stdlib")), listing, split))
-    return TextDocuments(
-        rows, tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=seed, shuffle=config.shuffle, filters=config.filter
-    )
+    return TextDocuments(rows, tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=seed, shuffle=config.shuffle, filters=config.filter)
 
 
 class SourceFiles:

@@ -62,9 +62,7 @@ def text(config: TextConfig, *, tokenizer: Tokenizer, split: str, stream: int, n
     # Listings depend on which files there are, not on their order or on filters.
     listing = replace(config, shuffle=True, filter=())
     rows = shared(("text", Path.cwd(), listing, split), lambda: TextRows(listing, split))
-    return TextDocuments(
-        rows, tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=seed, shuffle=config.shuffle, filters=config.filter
-    )
+    return TextDocuments(rows, tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=seed, shuffle=config.shuffle, filters=config.filter)
 
 
 class TextRows:

@@ -62,7 +62,7 @@ class Wandb:
             raise TitanError("logger 'wandb' needs a package that is not installed; run: pip install wandb") from error
         if config.mode == "online" and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
             # wandb would ask on the terminal, and a run that nobody watches would wait for ever.
-            raise TitanError("logger 'wandb': mode \"online\" needs WANDB_API_KEY in the environment; without an account use mode = \"offline\"")
+            raise TitanError('logger \'wandb\': mode "online" needs WANDB_API_KEY in the environment; without an account use mode = "offline"')
         self.config, self.run_dir = config, run_dir
         self.state_file, self.journal_file = run_dir / "wandb.json", run_dir / "wandb.jsonl"
         self._wandb: Any = wandb

@@ -42,9 +42,7 @@ Mask: TypeAlias = "Tensor | BlockMask | None"
 class Attention(nn.Module):
     """Multi-head attention with rotary positions; legend as in the package, S keys, dh head_dim."""
 
-    def __init__(
-        self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, *, qk_norm: bool, norm_eps: float, backend: Backend
-    ) -> None:
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, *, qk_norm: bool, norm_eps: float, backend: Backend) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.backend = backend

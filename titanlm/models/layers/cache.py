@@ -32,9 +32,7 @@ class LayerCache:
 class KVCache:
     """Room for ``max_len`` tokens a row; made by the model's ``new_cache``."""
 
-    def __init__(
-        self, n_layers: int, batch_size: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, n_layers: int, batch_size: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.max_len = max_len
         self.used = 0
         """Tokens taken in so far; every position must be below it."""
