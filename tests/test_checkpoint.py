@@ -205,7 +205,7 @@ def test_optimizer_state_survives_another_grouping() -> None:
     torch.manual_seed(0)
     a, b = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(2))
     names = {a: "a", b: "b"}
-    first = torch.optim.AdamW([a, b], fused=True)
+    first = torch.optim.AdamW([{"params": [a]}, {"params": [b]}], fused=True)
     a.grad, b.grad = torch.ones(3), torch.ones(2)
     first.step()
     saved = checkpoint.optimizer_state(first, names)
@@ -215,3 +215,27 @@ def test_optimizer_state_survives_another_grouping() -> None:
     assert torch.equal(second.state[b]["exp_avg_sq"], first.state[b]["exp_avg_sq"])
     with pytest.raises(CheckpointError, match="did `params` patterns change"):
         checkpoint.restore_optimizer(torch.optim.AdamW([a]), names, saved)
+
+
+def test_state_that_optimizers_keep_in_groups_and_integer_moments_survive() -> None:
+    class Counting(torch.optim.SGD):
+        """Keeps a count in its group, as schedule-free methods do, and 8-bit and integer state."""
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["k"] = group.get("k", 0) + 1
+                for parameter in group["params"]:
+                    self.state[parameter] |= {"code": torch.full((2,), 200, dtype=torch.uint8), "count": torch.tensor(2**30 + 1)}
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    names = {parameter: "w"}
+    first, second = Counting([parameter], lr=0.1), Counting([parameter], lr=0.1)
+    first.step()
+    first.step()
+    checkpoint.restore_optimizer(second, names, checkpoint.optimizer_state(first, names))
+    assert second.param_groups[0]["k"] == 2
+    assert second.state[parameter]["code"].dtype == torch.uint8
+    assert second.state[parameter]["count"].item() == 2**30 + 1
+    first.state["global"] = {"d": 1.0}
+    with pytest.raises(CheckpointError, match="keeps state under"):
+        checkpoint.optimizer_state(first, names)

@@ -18,6 +18,7 @@ import torch
 from titanlm.batch import Batch
 from titanlm.cli import main
 from titanlm.config import load
+from titanlm.data import build_streams
 from titanlm.errors import DataError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, evaluate_target, score
 from titanlm.registry import Component
@@ -125,8 +126,11 @@ def test_the_validation_set_of_an_entry(tiny: Path) -> None:
     config = load(tiny, ['--validation=[{name="a",max_tokens=100},{name="b",split="train",max_tokens=7}]', "--train.seq_len=24", "--data.document_mask=false"])
     tokenizer = config.tokenizer.build()
     a, b = (ValidationSet.build(entry, config, tokenizer) for entry in config.validation)
-    assert (a.name, a.split, a.max_tokens, a.seq_len, a.micro_batch, a.document_mask) == ("a", "validation", 100, 24, 4, False)
-    assert (b.name, b.split, b.max_tokens, b.dataset) == ("b", "train", 7, config.dataset)
+    assert (a.name, a.max_tokens, a.seq_len, a.micro_batch, a.document_mask) == ("a", 100, 24, 4, False)
+    assert (b.name, b.max_tokens) == ("b", 7)
+    read = [next(iter(entry.batches())) for entry in (a, b)]
+    assert not torch.equal(read[0].tokens, read[1].tokens), "the splits must differ"
+    assert torch.equal(next(iter(a.batches())).tokens, read[0].tokens), "a second scoring must read the same"
 
 
 def test_a_split_without_end_needs_a_limit(tiny: Path) -> None:
@@ -152,8 +156,9 @@ def test_nothing_to_score_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatc
     letters.write_text("a\nb\nc\n")
     dataset = Component.named("dataset", "text", paths=("corpus.txt",), validation_paths=(str(letters),), unit="line")
     monkeypatch.chdir(tiny.parent)
+    (stream,) = build_streams(dataset, trainer.config.packer, Bare(), split="validation", n_streams=1, seed=0, seq_len=48)
     with pytest.raises(DataError, match="validation set 'validation': its text has no token that follows"):
-        score(trainer.module, replace(trainer.validation[0], dataset=dataset, tokenizer=Bare()), CPU)
+        score(trainer.module, replace(trainer.validation[0], stream=stream), CPU)
 
 
 def test_scores_that_are_too_large_for_a_float() -> None:

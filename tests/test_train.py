@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from titanlm import checkpoint
 from titanlm.config import load
 from titanlm.errors import CheckpointError, ConfigError, NonFiniteError, TitanError
 from titanlm.interrupts import Interrupted
+from titanlm.progress import Phases
 from titanlm.resume import RESUMABLE
 from titanlm.train import Trainer, choose_device, clip_gradients
 
@@ -123,7 +125,7 @@ def test_each_state_matters(tiny: Path, straight: Path, dropped: str, monkeypatc
         state, text = load_state(folder)
         with Trainer(load(tiny, ["--run.name=fresh", "--scheduler=constant"])) as fresh:
             new = fresh.state()
-        state[dropped] = new[dropped] if dropped != "optimizers" else [{} for _ in state["optimizers"]]
+        state[dropped] = new[dropped] if dropped != "optimizers" else [{"params": {}, "groups": each["groups"]} for each in state["optimizers"]]
         return state, text
 
     monkeypatch.setattr(checkpoint, "load", without)
@@ -247,6 +249,97 @@ def test_out_of_memory_names_the_three_settings(tiny: Path) -> None:
         trainer.module.forward = full
         with pytest.raises(TitanError, match=r"(?s)micro_batch.*activation_checkpointing.*chunk_tokens"):
             trainer.train()
+
+
+def test_cpu_out_of_memory_in_torchs_own_words(tiny: Path) -> None:
+    with Trainer(load(tiny, ["--run.name=oom"])) as trainer:
+        trainer.module.forward = lambda batch: torch.empty(2**60)
+        with pytest.raises(TitanError, match=r"(?s)micro_batch.*activation_checkpointing.*chunk_tokens"):
+            trainer.train()
+
+
+def test_signal_during_validation_ends_it_and_the_next_start_makes_up_for_it(tiny: Path, monkeypatch) -> None:
+    import titanlm.evaluate
+
+    batches = titanlm.evaluate.ValidationSet.batches
+
+    def interrupting(entry):
+        for index, batch in enumerate(batches(entry)):
+            if index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(titanlm.evaluate.ValidationSet, "batches", interrupting)
+    with Trainer(load(tiny, ["--run.name=v", "--train.steps=3", "--scheduler=constant"])) as trainer:
+        with pytest.raises(Interrupted):
+            trainer.train()
+        assert trainer.progress.step == 3
+    monkeypatch.undo()
+    metrics = tiny.parent / "runs" / "v" / "metrics.jsonl"
+    assert "validation" not in metrics.read_text()
+    for _ in range(2):
+        run(tiny, "--run.name=v", "--train.steps=3", "--scheduler=constant")
+        assert metrics.read_text().count("validation/validation/loss") == 1
+
+
+def test_buffers_counted_in_an_abandoned_step_are_taken_back(tiny: Path) -> None:
+    with Trainer(load(tiny, ["--run.name=buffer"])) as trainer:
+        buffer = torch.zeros(())
+        trainer.model.register_buffer("load", buffer)
+        trainer.own_buffers = {"load": buffer}
+        trainer._complete()
+        forward, calls = trainer.module.forward, []
+
+        def counted(batch):
+            buffer.add_(1)
+            calls.append(None)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return forward(batch)
+
+        trainer.module.forward = counted
+        with pytest.raises(Interrupted):
+            trainer.train()
+        assert trainer.progress.step == 1
+        assert buffer == 2
+
+
+def test_a_full_disk_in_the_middle_does_not_end_the_run(tiny: Path, monkeypatch, capsys) -> None:
+    save, calls = checkpoint.save, []
+
+    def full(root, step, *arguments):
+        calls.append(step)
+        if step == 7:
+            raise CheckpointError("No space left on device")
+        return save(root, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    run(tiny, "--run.name=full")
+    assert calls == [7, 14, 20]
+    assert "training goes on without it" in capsys.readouterr().out
+
+
+def test_phase_switches_reach_the_modules_that_have_them(tiny: Path) -> None:
+    with Trainer(load(tiny, ["--run.name=switch"])) as trainer:
+        block = trainer.model.blocks[0]
+        block.qat = False
+        phase = replace(trainer.phases.stages[0][1], switches=(("qat", True),))
+        trainer.phases = Phases([(0, trainer.phases.stages[0][1]), (2, phase)])
+        trainer.train_step()
+        trainer.train_step()
+        assert block.qat is False
+        trainer.train_step()
+        assert block.qat is True
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_inside_compiled_blocks(tiny: Path, mode: str) -> None:
+    """With the compiler's tracing but not its code generation, which takes long on a CPU."""
+    with Trainer(load(tiny, [f"--run.name={mode}", f"--train.activation_checkpointing={mode}"])) as trainer:
+        torch._dynamo.reset()
+        for block in trainer.model.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+        trainer.train_step()
 
 
 def test_changed_settings_on_resume(tiny: Path) -> None:

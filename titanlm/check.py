@@ -28,6 +28,8 @@ class Report:
     tokenizer: Any = None
     model: Any = None
     """On the meta device."""
+    streams: list[Any] = field(default_factory=list)
+    """Kept, because a listing lives as long as a stream that uses it, and the trainer needs it next."""
 
     def attempt(self, path: str, build: Callable[[], Any]) -> Any:
         """The result, or None with the problem noted under ``path``."""
@@ -56,6 +58,8 @@ def check(config: RunConfig) -> Report:
         report.problems.append(f"train.micro_batch: {train.micro_batch} rows do not divide train.global_batch = {train.global_batch}")
     if train.sample_every and not train.sample_prompt:
         report.warnings.append("train.sample_prompt: empty; samples start from an empty document")
+    if config.profile is not None and config.profile.start > train.steps:
+        report.warnings.append(f"profile.start: {config.profile.start} lies after the last step, {train.steps}; nothing will be profiled")
     _check_data(config, report)
     if report.tokenizer is not None:
         report.model = report.attempt("model", lambda: build_model(config, report.tokenizer))
@@ -93,6 +97,7 @@ def _check_data(config: RunConfig, report: Report) -> None:
     def first_row(dataset: Component, split: str) -> None:
         seq_len = config.train.seq_len
         (stream,) = build_streams(dataset, config.packer, tokenizer, split=split, n_streams=1, seed=config.train.seed, seq_len=seq_len)
+        report.streams.append(stream)
         if stream.next_row(seq_len) is None:
             raise DataError(f"no text for split {split!r}: every row is empty or refused by dataset.filter")
 
@@ -130,7 +135,11 @@ def build_model(config: RunConfig, tokenizer: Any) -> Any:
         for quantizer, names in zip(config.quantizer, quantizer_claims(config, model).claimed, strict=True):
             prepare = getattr(quantizer.build(), "prepare", None)
             if prepare is not None:
+                stored = set(model.state_dict())
                 prepare(model, names)
+                if changed := sorted(stored ^ set(model.state_dict())):
+                    # They would start from whatever lies in memory, and an artifact would not hold them.
+                    raise ValueError(f"quantizer {quantizer.name!r}: prepare() changed what the model stores: {', '.join(changed[:5])}")
     return model
 
 

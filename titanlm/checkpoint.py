@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,12 @@ def save(root: Path, step: int, state: dict[str, Any], config_toml: str) -> Path
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(temporary / _MANIFEST)
         _sync(temporary)
+        replaced = target.with_name(f".trash-{target.name}-{os.getpid()}")
         if target.exists():
-            _remove(target)
+            target.rename(replaced)
         temporary.rename(target)
         _sync(root)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{target}: cannot be saved: {error}; earlier checkpoints are untouched") from error
@@ -217,32 +218,33 @@ def _sync(path: Path) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Any]:
-    """Per-parameter state under parameter names, independent of how groups number them."""
-    return {names[parameter]: dict(values) for parameter, values in optimizer.state.items()}
+    """State under parameter names, and what optimizers keep in their groups (some count steps there)."""
+    loose = [key for key in optimizer.state if not isinstance(key, Tensor)]
+    if loose:
+        raise CheckpointError(f"{type(optimizer).__name__} keeps state under {loose}; only state of parameters and groups can be saved")
+    groups = [{key: value for key, value in group.items() if isinstance(value, int | float | Tensor)} for group in optimizer.param_groups]
+    return {"params": {names[parameter]: dict(values) for parameter, values in optimizer.state.items()}, "groups": groups}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], state: dict[str, Any]) -> None:
-    """Load what ``optimizer_state`` gave; hyper-parameters stay those of the config.
+    """Load what ``optimizer_state`` gave.
 
-    Raises CheckpointError listing parameters with and without state.
+    Raises CheckpointError when the state is of other parameters or groups.
     """
     owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    unknown = sorted(state.keys() - {names[parameter] for parameter in owned})
-    if unknown:
-        raise CheckpointError(f"optimizer state of {', '.join(unknown)}: not parameters of this optimizer; did `params` patterns change?")
-    numbered = {index: state[names[parameter]] for index, parameter in enumerate(owned) if names[parameter] in state}
-    # Through load_state_dict, which puts each value where the optimizer wants it (fused Adam: steps on the device).
+    saved = state["params"]
+    unknown = sorted(saved.keys() - {names[parameter] for parameter in owned})
+    if unknown or len(state["groups"]) != len(optimizer.param_groups):
+        what = f"of {', '.join(unknown)}" if unknown else f"in {len(state['groups'])} groups"
+        raise CheckpointError(f"optimizer state {what} does not belong to this optimizer; did `params` patterns change?")
+    numbered = {index: saved[names[parameter]] for index, parameter in enumerate(owned) if names[parameter] in saved}
     groups = optimizer.state_dict()["param_groups"]
+    for group, values in zip(groups, state["groups"], strict=True):
+        group.update(values)
+    # Through load_state_dict, which puts each value where the optimizer wants it (fused Adam: steps on the device).
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
-
-
-def iter_tensors(state: Any) -> Iterator[Tensor]:
-    """Every tensor of a state, for size estimates."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from iter_tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from iter_tensors(value)
+    for parameter in owned:
+        for key, value in saved.get(names[parameter], {}).items():
+            # It also casts to the parameter's dtype, which would ruin integers and 8-bit moments.
+            if isinstance(value, Tensor) and optimizer.state[parameter][key].dtype != value.dtype:
+                optimizer.state[parameter][key] = value.to(optimizer.state[parameter][key].device)

@@ -214,8 +214,7 @@ class Loader:
                 total[name] = total.get(name, 0) + value
         return total
 
-    @property
-    def stall_s(self) -> float:
+    def take_stall_s(self) -> float:
         """Seconds that ``next`` has made the training loop wait since this was last read."""
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s

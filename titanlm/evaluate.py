@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from titanlm.batch import Batch
 from titanlm.config import RunConfig, Validation
 from titanlm.data import Stream, build_streams, validation_batches
 from titanlm.errors import DataError
 from titanlm.metrics import bits_per_byte, perplexity
-from titanlm.registry import Component
 
 
 @dataclass(frozen=True)
@@ -51,43 +51,32 @@ class ValidationSet:
     """A set and how it is read; every scoring reads it from the start."""
 
     name: str
-    dataset: Component
-    packer: Component
-    tokenizer: Any
-    split: str
+    stream: Stream
+    """Kept, so that its listing is made once; a scoring leaves it where it was."""
     seq_len: int
     micro_batch: int
     document_mask: bool
     max_tokens: int
-    seed: int
 
     @classmethod
     def build(cls, entry: Validation, config: RunConfig, tokenizer: Any) -> ValidationSet:
         """Raises DataError for a set that would be read for ever."""
         if entry.split == "train" and not entry.max_tokens:
             raise DataError(f"max_tokens: set {entry.name!r} reads the split 'train', which never ends; say how many tokens of it to score")
-        return cls(
-            name=entry.name,
-            dataset=entry.dataset or config.dataset,
-            packer=config.packer,
-            tokenizer=tokenizer,
-            split=entry.split,
-            seq_len=config.train.seq_len,
-            micro_batch=config.train.micro_batch,
-            document_mask=config.data.document_mask,
-            max_tokens=entry.max_tokens,
-            seed=config.train.seed,
-        )
+        train = config.train
+        dataset = entry.dataset or config.dataset
+        (stream,) = build_streams(dataset, config.packer, tokenizer, split=entry.split, n_streams=1, seed=train.seed, seq_len=train.seq_len)
+        return cls(entry.name, stream, train.seq_len, train.micro_batch, config.data.document_mask, entry.max_tokens)
 
-    def stream(self) -> Stream:
-        (stream,) = build_streams(self.dataset, self.packer, self.tokenizer, split=self.split, n_streams=1, seed=self.seed, seq_len=self.seq_len)
-        return stream
+    def batches(self) -> Iterator[Batch]:
+        return validation_batches(self.stream, seq_len=self.seq_len, micro_batch=self.micro_batch, document_mask=self.document_mask, max_tokens=self.max_tokens)
 
 
 @torch.no_grad()
-def score(module: Any, entry: ValidationSet, device: torch.device) -> Scores:
+def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callable[[], None] = lambda: None) -> Scores:
     """Score a TrainModule on a set, without touching random numbers or the training data.
 
+    ``poll`` is called before each batch and may raise to end the scoring.
     Raises DataError when the set has not one label to score.
     """
     was_training = module.training
@@ -95,14 +84,15 @@ def score(module: Any, entry: ValidationSet, device: torch.device) -> Scores:
     # Sums in float64: a validation set may have more tokens than fp32 can count.
     nll = torch.zeros((), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
-    for batch in validation_batches(
-        entry.stream(), seq_len=entry.seq_len, micro_batch=entry.micro_batch, document_mask=entry.document_mask, max_tokens=entry.max_tokens
-    ):
-        n_tokens += int((batch.labels >= 0).sum())  # on the CPU, before the copy
-        n_bytes += int(batch.target_bytes.sum())
-        sums, _ = module(batch.to(device))
-        nll += sums.nll
-    module.train(was_training)
+    try:
+        for batch in entry.batches():
+            poll()
+            n_tokens += int((batch.labels >= 0).sum())  # on the CPU, before the copy
+            n_bytes += int(batch.target_bytes.sum())
+            sums, _ = module(batch.to(device))
+            nll += sums.nll
+    finally:
+        module.train(was_training)
     if not n_tokens:
         raise DataError(f"validation set {entry.name!r}: its text has no token that follows another, so there is nothing to score")
     total = float(nll)

@@ -22,6 +22,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         # Handlers can only be set in the main thread; elsewhere the surrounding program has its own.
+        self.received = None
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)

@@ -15,6 +15,7 @@ class ProfileWindow:
     def __init__(self, settings: Profile | None, run_dir: Path) -> None:
         self.settings, self.folder = settings, run_dir / "profile"
         self._profile: profile | None = None
+        self._step = 0
 
     def before_step(self, step: int) -> None:
         """``step`` is the number of the step about to run, from 1."""
@@ -24,11 +25,18 @@ class ProfileWindow:
 
     def after_step(self, step: int) -> Path | None:
         """The trace, once the last step of the window is done."""
-        if self._profile is None or self.settings is None or step < self.settings.start + self.settings.steps - 1:
+        self._step = step
+        if self.settings is None or step < self.settings.start + self.settings.steps - 1:
+            return None
+        return self.close()
+
+    def close(self) -> Path | None:
+        """Write what has been recorded so far, if anything; a run may end inside the window."""
+        if self._profile is None or self.settings is None:
             return None
         self._profile.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        trace = self.folder / f"steps-{self.settings.start}-{step}.json"
+        trace = self.folder / f"steps-{self.settings.start}-{self._step}.json"
         self._profile.export_chrome_trace(str(trace))
         self._profile = None
         return trace

@@ -17,11 +17,12 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def make_deterministic() -> None:
-    """Refuse kernels without a deterministic form. Must come before the first CUDA call."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+def set_deterministic(on: bool) -> None:
+    """Refuse kernels without a deterministic form, or allow them again. Must come before the first CUDA call."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(on)
 
 
 def capture() -> dict[str, Any]:

@@ -46,7 +46,7 @@ __all__ = ["KINDS", "Component", "Entry", "Kind", "Slot", "did_you_mean", "known
 
 # ---------------------------------------------------------------- protocols
 class Tokenizer(Protocol):
-    """Text to ids and back, with an exact account of bytes."""
+    """Text to ids and back, with an exact account of bytes; used by several threads at once."""
 
     vocab_size: int
     """Largest id + 1, special ids included."""
@@ -127,6 +127,8 @@ class Optimizer(Protocol):
 
     def step(self) -> Any: ...
     def zero_grad(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Scheduler(Protocol):

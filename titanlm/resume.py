@@ -9,10 +9,10 @@ from titanlm import checkpoint
 from titanlm.config import RunConfig, diff, loads
 from titanlm.errors import CheckpointError
 
-RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.threads", "data.prefetch")
+RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "data.prefetch")
 RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports")
 """Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
-RESUMABLE_ROUNDING = ("train.micro_batch", "train.activation_checkpointing", "train.compile", "loss.chunk_tokens")
+RESUMABLE_ROUNDING = ("train.threads", "train.micro_batch", "train.activation_checkpointing", "train.compile", "loss.chunk_tokens")
 """Those that change the steps that follow by rounding alone; they are the remedies for a lack of memory."""
 
 
@@ -20,12 +20,11 @@ Earlier = tuple[Path, dict[str, Any]]
 """A checkpoint's folder and its state."""
 
 
-def find_earlier(config: RunConfig) -> Earlier | None:
-    """The newest valid checkpoint of the run folder, if there is one.
+def find_earlier(config: RunConfig, root: Path) -> Earlier | None:
+    """The newest valid checkpoint below ``root``, if there is one.
 
     Raises CheckpointError when the config may not go on from it.
     """
-    root = Path(config.run.dir) / config.run.name / "checkpoints"
     folder = checkpoint.latest(root)
     if folder is None:
         if checkpoint.steps(root):

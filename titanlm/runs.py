@@ -142,8 +142,8 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def open(cls, root: Path, name: str, config_toml: str) -> RunFolder:
-        """The folder ``root/name``, locked, with this config and environment recorded.
+    def open(cls, root: Path, name: str, config_toml: str | None = None) -> RunFolder:
+        """The folder ``root/name``, locked, with this config and environment recorded (None: not yet, see ``record``).
 
         Raises TitanError when the name is no plain name, when the folder
         cannot be written, or when another process trains in it.
@@ -160,14 +160,20 @@ class RunFolder:
             try:
                 for litter in path.glob(f"{_TEMPORARY}*"):  # of a killed write
                     litter.unlink(missing_ok=True)
-                _record(path / "config.toml", config_toml)
-                _record(path / "environment.json", json.dumps(environment.report(), indent=1) + "\n")
+                folder = cls(path, lock)
+                if config_toml is not None:
+                    folder.record(config_toml)
             except BaseException:
                 lock.release()
                 raise
         except OSError as error:
             raise TitanError(f"{_unusable(path, error)}; choose another run.dir or run.name") from error
-        return cls(path, lock)
+        return folder
+
+    def record(self, config_toml: str) -> None:
+        """Write the config and the environment of this start; earlier ones that differ are kept beside them."""
+        _record(self.path / "config.toml", config_toml)
+        _record(self.path / "environment.json", json.dumps(environment.report(), indent=1) + "\n")
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:

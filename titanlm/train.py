@@ -11,6 +11,7 @@ Launch: ``titanlm train FILE`` or ``torchrun -m titanlm.train FILE``.
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from titanlm.distributed import activation_checkpointing
 from titanlm.distributed.compile import compile_module
 from titanlm.distributed.world import World
 from titanlm.environment import requirements
-from titanlm.errors import CheckpointError, ConfigError, TitanError
+from titanlm.errors import CheckpointError, ConfigError, DataError, TitanError
 from titanlm.evaluate import ValidationSet, score
 from titanlm.guard import FiniteGuard
 from titanlm.interrupts import Interrupted, Interrupts
@@ -37,9 +38,12 @@ from titanlm.precision import set_precision
 from titanlm.profiling import ProfileWindow
 from titanlm.progress import Phase, Phases, Progress
 from titanlm.resume import Earlier, find_earlier
-from titanlm.runs import RunFolder
+from titanlm.runs import RunFolder, write_atomic
 from titanlm.train_module import TrainModule
 from titanlm.weights import initialise, load_weights, unique_names
+
+CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
+"""What torch says where no CUDA allocator is asked."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -63,20 +67,20 @@ class Trainer:
         self.world = World.from_environment()
 
         # 2. Device and seeds. Determinism first: cuBLAS reads its setting at the first CUDA call.
-        if train.deterministic:
-            randomness.make_deterministic()
+        randomness.set_deterministic(train.deterministic)
         if train.threads:
             torch.set_num_threads(train.threads)
         self.device = choose_device(train.device)
         randomness.seed_everything(train.seed, self.world.rank)
 
-        # 3. What an earlier start of this run left: a config that may not go on from it changes nothing on disk.
-        earlier = find_earlier(config)
-
-        # 4. The run folder, locked: two trainers in one would overwrite each other's checkpoints.
-        self.folder = RunFolder.open(Path(config.run.dir), config.run.name, dump(config))
+        # 3. The run folder, locked: two trainers in one would overwrite each other's checkpoints.
+        self.folder = RunFolder.open(Path(config.run.dir), config.run.name)
+        self.checkpoints = self.folder.checkpoints
         self.loggers = LoggerGroup([])
         try:
+            # 4. What an earlier start of this run left; a config that may not go on from it is not recorded.
+            earlier = find_earlier(config, self.checkpoints)
+            self.folder.record(dump(config))
             self._build(report, earlier)
         except BaseException:
             self.loggers.close()
@@ -85,7 +89,6 @@ class Trainer:
 
     def _build(self, report: Report, earlier: Earlier | None) -> None:
         config, train = self.config, self.config.train
-        self.checkpoints = self.folder.checkpoints
         checkpoint.sweep(self.checkpoints)
         self.loggers = LoggerGroup([logger.build(run_dir=self.folder.path) for logger in config.logger])
 
@@ -136,6 +139,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak_lr"] = float(group["lr"])
+        stored = self.model.state_dict()
+        self.own_buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scheduler = config.scheduler.build(total_steps=train.steps)
         self.averagers = [config.averager.build(model=model)] if config.averager is not None else []
@@ -152,15 +157,17 @@ class Trainer:
         self.progress = Progress()
         self.saved_step = -1
         self._reset_interval()
-        self.rng = randomness.capture()
         if earlier is not None:
             self._resume(*earlier)
+        self._complete()
         self.loggers.start(self.progress.step)
+        if earlier is not None:
+            self.loggers.message(f"resumed from {earlier[0]} (step {self.progress.step}, {self.progress.tokens:,} tokens)")
 
     # ------------------------------------------------------------ the step
     def train_step(self) -> None:
-        """One optimizer step. Raises Interrupted between micro-batches, before anything has changed."""
-        phase = self.phases.at(self.progress)
+        """One optimizer step. Raises Interrupted between micro-batches; ``_abandon`` then undoes what was begun."""
+        phase = self._enter(self.phases.at(self.progress))
         data = self.loader.next(phase)
         loss, nll = torch.zeros((2,), device=self.device)
         for batch in data.micro_batches:
@@ -181,7 +188,27 @@ class Trainer:
         self._advance(data, loss, nll, grad_norm)
         for averager in self.averagers:
             averager.update(self.progress)
+        self._complete()
+
+    def _enter(self, phase: Phase) -> Phase:
+        """Set the structural switches of a phase on the modules that have them."""
+        for name, on in phase.switches:
+            for module in self.model.modules():
+                if getattr(module, name, on) is not on:
+                    setattr(module, name, on)
+        return phase
+
+    def _complete(self) -> None:
+        """Note what a step under way may change before it is done: generators, and buffers that forward passes count in."""
         self.rng = randomness.capture()
+        self.buffers = {name: self.own_buffers[name].clone() for name in self.own_buffers}
+
+    def _abandon(self) -> None:
+        """Back to the end of the last completed step."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for name, buffer in self.own_buffers.items():
+            buffer.copy_(self.buffers[name])
 
     def _set_learning_rates(self, phase: Phase) -> None:
         factor = self.scheduler.factor(self.progress) * phase.lr_multiplier
@@ -196,12 +223,12 @@ class Trainer:
     def _advance(self, data: StepData, loss: Tensor, nll: Tensor, grad_norm: Tensor) -> None:
         """The step is done: move the clock and the data's cursor together."""
         self.loader.commit()
-        self.meter.step(data.n_tokens, self.loader.stall_s)
-        self.progress = Progress(self.progress.step + 1, self.progress.tokens + data.n_tokens, self.meter.elapsed_s)
+        n_tokens = data.n_tokens * self.world.size  # every rank has as many rows
+        self.meter.step(n_tokens, self.loader.take_stall_s())
+        self.progress = Progress(self.progress.step + 1, self.progress.tokens + n_tokens, self.meter.elapsed_s)
         self.interval_loss += loss
         self.interval_nll += nll
         self.interval_steps += 1
-        self.interval_valid += data.n_valid
         self.interval_bytes += data.n_bytes
         self.grad_norm = grad_norm
 
@@ -212,46 +239,76 @@ class Trainer:
         On SIGINT or SIGTERM the step under way is abandoned, the last completed
         one is saved and Interrupted is raised.
         """
-        train, every = self.config.train, self.config.checkpoint.every
-        if self.progress.step >= train.steps:
-            self.loggers.message(f"{self.folder.path}: already at step {self.progress.step} of {train.steps}; raise train.steps to go on")
-            return None
-        if train.gc_every:
-            gc.disable()  # a collection in the middle of a step stalls the device
+        train = self.config.train
+        finished = self.progress.step >= train.steps
+        collecting = gc.isenabled()
         try:
             with self.interrupts:
+                if finished:
+                    where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
+                    self.loggers.message(f"{where}; raise train.steps to go on")
+                    self._finish()
+                    return None
+                if train.gc_every:
+                    gc.disable()  # a collection in the middle of a step stalls the device
                 self.meter.start()
                 while self.progress.step < train.steps:
                     self.profile.before_step(self.progress.step + 1)
                     self.train_step()
-                    step, last = self.progress.step, self.progress.step == train.steps
-                    if (trace := self.profile.after_step(step)) is not None:
-                        self.loggers.message(f"profile written to {trace}; open it in a trace viewer such as Perfetto")
-                    if step % train.log_every == 0 or last:
-                        self.log()
-                    # Saved before it is validated: a failing validation must not cost the training before it.
-                    if (every and step % every == 0) or last:
-                        self.save()
-                    if (train.validate_every and step % train.validate_every == 0) or last:
-                        self.validate()
-                    if train.sample_every and step % train.sample_every == 0:
-                        self.sample()
-                    if train.gc_every and step % train.gc_every == 0:
-                        with self.meter.pause():
-                            gc.collect()
-        except Interrupted as interrupted:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+                    self._between_steps(self.progress.step)
+                self._finish()
+        except (Interrupted, DataError) as error:
+            self._abandon()
             self.save()
-            self.loggers.message(f"{interrupted}: saved step {self.progress.step}; start again to go on from there")
+            self.loggers.message(f"{error if isinstance(error, Interrupted) else 'stopped'}: saved step {self.progress.step}; start again to go on from there")
             raise
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in CPU_OUT_OF_MEMORY):
                 raise TitanError(out_of_memory(self.config, error)) from error
             raise
         finally:
-            gc.enable()
+            if collecting:
+                gc.enable()
         return self.checkpoints / f"step-{self.progress.step:08d}"
+
+    def _between_steps(self, step: int) -> None:
+        """What is due after this many steps."""
+        train, every, last = self.config.train, self.config.checkpoint.every, step == self.config.train.steps
+        self._profiled(self.profile.after_step(step))
+        if step % train.log_every == 0 or last:
+            self.log()
+        # Saved before it is validated: a failing validation must not cost the training before it.
+        if last:
+            self.save()
+        elif every and step % every == 0:
+            self._save_or_warn()
+        if train.validate_every and step % train.validate_every == 0 and not last:
+            self.validate()
+        if train.sample_every and step % train.sample_every == 0:
+            self.sample()
+        if train.gc_every and step % train.gc_every == 0:
+            self.guard.check()  # waits for the device, whose work belongs to the time before the pause
+            with self.meter.pause():
+                gc.collect()
+
+    def _save_or_warn(self) -> None:
+        """A full disk in the middle of a run is no reason to end it; the next save may work."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            self.loggers.message(f"WARNING: {error}; training goes on without it")
+
+    def _finish(self) -> None:
+        """The last validation, once: a run killed in it makes up for it when it is started again."""
+        done = self.folder.path / "finished.json"
+        mark = json.dumps({"step": self.progress.step})
+        if not (done.exists() and done.read_text(encoding="utf-8") == mark):
+            self.validate()
+            write_atomic(done, mark)
+
+    def _profiled(self, trace: Path | None) -> None:
+        if trace is not None:
+            self.loggers.message(f"profile written to {trace}; open it in a trace viewer such as Perfetto")
 
     def log(self) -> None:
         """Metrics since the last log step. The only place that waits for the device in an ordinary step."""
@@ -274,7 +331,7 @@ class Trainer:
     def _reset_interval(self) -> None:
         self.interval_loss = torch.zeros((), device=self.device)
         self.interval_nll = torch.zeros((), device=self.device)
-        self.interval_steps = self.interval_valid = self.interval_bytes = 0
+        self.interval_steps = self.interval_bytes = 0
 
     def validate(self) -> dict[str, float]:
         """Score every set with the raw weights and, where there is an averager, the averaged ones."""
@@ -282,10 +339,10 @@ class Trainer:
         metrics: dict[str, float] = {}
         with self.meter.pause():
             for entry in self.validation:
-                metrics |= score(self.module, entry, self.device).metrics(f"validation/{entry.name}")
+                metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}")
                 for averager in self.averagers:
                     with averager.swap():
-                        metrics |= score(self.module, entry, self.device).metrics(f"validation/{entry.name}", "averaged_")
+                        metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}", "averaged_")
         self.loggers.log(self.progress.step, metrics)
         counts = self.loader.counts()
         if missing := counts["uncounted_bytes"]:
@@ -298,24 +355,28 @@ class Trainer:
         """Print what the model makes of the sample prompt now."""
         from titanlm.generate import continue_text
 
+        self.guard.check()
+        prompt, pieces = self.config.train.sample_prompt, []
         with self.meter.pause():
-            prompt = self.config.train.sample_prompt
-            text = "".join(continue_text(self.model, self.tokenizer, prompt, max_tokens=128, temperature=0.8, seed=self.config.train.seed))
-            self.loggers.message(f"sample at step {self.progress.step}: {prompt}{text}")
+            for piece in continue_text(self.model, self.tokenizer, prompt, max_tokens=128, temperature=0.8, seed=self.config.train.seed):
+                self.interrupts.check()
+                pieces.append(piece)
+        self.loggers.message(f"sample at step {self.progress.step}: {prompt}{''.join(pieces)}")
 
     # ------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped."""
+        stored = self.model.state_dict()
         return {
             "progress": {"step": self.progress.step, "tokens": self.progress.tokens, "elapsed_s": self.progress.elapsed_s},
-            "model": {name: self.model.state_dict()[name] for name in unique_names(self.model)},
+            "model": {name: stored[name] for name in unique_names(self.model)},
             "optimizers": [checkpoint.optimizer_state(optimizer, self.names) for optimizer in self.optimizers],
             "averagers": [averager.state_dict() for averager in self.averagers],
             "data": self.loader.state(),
             "rng": [self.rng],
             "interval": {
                 "loss": self.interval_loss, "nll": self.interval_nll,
-                "steps": self.interval_steps, "valid": self.interval_valid, "bytes": self.interval_bytes,
+                "steps": self.interval_steps, "bytes": self.interval_bytes,
             },
             "fingerprints": self.fingerprints,
         }  # fmt: skip
@@ -345,13 +406,12 @@ class Trainer:
         self.meter.elapsed_s = self.progress.elapsed_s
         interval = state["interval"]
         self.interval_loss, self.interval_nll = interval["loss"].to(self.device), interval["nll"].to(self.device)
-        self.interval_steps, self.interval_valid, self.interval_bytes = interval["steps"], interval["valid"], interval["bytes"]
-        self.rng = state["rng"][self.world.rank]
-        randomness.restore(self.rng)
+        self.interval_steps, self.interval_bytes = interval["steps"], interval["bytes"]
+        randomness.restore(state["rng"][self.world.rank])
         self.saved_step = self.progress.step
-        self.loggers.message(f"resumed from {folder} (step {self.progress.step}, {self.progress.tokens:,} tokens)")
 
     def close(self) -> None:
+        self._profiled(self.profile.close())
         self.loader.close()
         self.loggers.close()
         self.folder.close()
@@ -405,17 +465,22 @@ def out_of_memory(config: RunConfig, error: BaseException) -> str:
 
 def train(config: RunConfig) -> int:
     """Train a config and, with ``export.at_end``, export it; returns the exit status."""
-    with Trainer(config) as trainer:
-        try:
-            trainer.train()
-        except Interrupted:
-            return 130
-        path = trainer.folder.path
+    try:
+        path = _train(config)
+    except Interrupted:
+        return 130
     if config.export.at_end:
         from titanlm.export import export_run
 
         print(export_run(path, device=config.train.device))
     return 0
+
+
+def _train(config: RunConfig) -> Path:
+    """The run folder. On its own, so that the trainer's memory is free before an export needs it."""
+    with Trainer(config) as trainer:
+        trainer.train()
+        return trainer.folder.path
 
 
 def dry_run(config: RunConfig) -> str:

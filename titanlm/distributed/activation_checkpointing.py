@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -42,4 +42,13 @@ def apply(blocks: Iterable[nn.Module], mode: Literal["none", "selective", "full"
     if mode == "selective":
         keywords["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, **keywords)
+        block.forward = _checkpointed(block.forward, keywords)
+
+
+def _checkpointed(forward: Callable[..., Any], keywords: dict[str, Any]) -> Callable[..., Any]:
+    """A plain function, not a partial: the compiler needs a frame of Python to start from."""
+
+    def recomputed(*args: Any) -> Any:
+        return checkpoint(forward, *args, **keywords)
+
+    return recomputed

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from titanlm.constraints import PositiveFloat, PositiveInt
-from titanlm.models.layers.attention import Attention, attention_mask, keep_block_masks_outside_graphs
+from titanlm.models.layers.attention import FLEX_HEAD_DIM, Attention, attention_mask, keep_block_masks_outside_graphs, usable_backend
 from titanlm.models.layers.block import Block
 from titanlm.models.layers.cache import KVCache
 from titanlm.models.layers.embedding import Embedding
@@ -86,6 +86,7 @@ class Decoder(nn.Module):
         self.vocab_size = config.vocab_size or vocab_size
         self.head_dim = config.head_dim or config.d_model // config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
+        self.attention_backend = usable_backend(config.attention_backend, self.head_dim)
         self.d_ff = config.d_ff or default_width(config.d_model, config.activation)
         self.embedding = Embedding(self.vocab_size, config.d_model, config.embedding_rank)
         self.blocks = nn.ModuleList(self._block() for _ in range(config.n_layers))
@@ -105,7 +106,7 @@ class Decoder(nn.Module):
             self.head_dim,
             qk_norm=c.qk_norm == "learned",
             norm_eps=c.norm_eps,
-            backend=c.attention_backend,
+            backend=self.attention_backend,
         )
         return Block(c.d_model, c.norm_eps, attention, FeedForward(c.d_model, self.d_ff, c.activation))
 
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.reserve(batch.tokens.shape[1])
         # First, because a block mask is built outside the graph of a compiled model: what follows is then one graph.
-        mask = attention_mask(batch, self.config.attention_backend, cache)
+        mask = attention_mask(batch, self.attention_backend, cache)
         x = self.embedding(batch.tokens)
         rotary = rotary_tables(batch.positions, self.head_dim, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.blocks):
@@ -195,6 +196,8 @@ def _problems(config: DecoderConfig, vocab_size: int, max_seq_len: int) -> list[
         problems.append(f"n_heads: {c.n_heads} heads do not divide d_model = {c.d_model}; change either or set head_dim")
     elif (head_dim := c.head_dim or c.d_model // c.n_heads) % 2:
         problems.append(f"head_dim: must be even for rotary positions, is {head_dim}{'' if c.head_dim else ' (d_model / n_heads)'}")
+    if c.attention_backend == "flex" and (c.head_dim or c.d_model // c.n_heads) < FLEX_HEAD_DIM:
+        problems.append(f'attention_backend: "flex" needs head_dim of {FLEX_HEAD_DIM} or more; use "auto"')
     if c.n_kv_heads is not None and c.n_heads % c.n_kv_heads:
         problems.append(f"n_kv_heads: {c.n_kv_heads} does not divide n_heads = {c.n_heads}")
     if c.vocab_size is not None and c.vocab_size < vocab_size:

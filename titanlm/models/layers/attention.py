@@ -17,12 +17,14 @@ arXiv:2412.05496.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanlm.environment import c_compiler
 from titanlm.errors import TitanError
 from titanlm.models.layers.compiled import compiled
 from titanlm.models.layers.linear import Linear
@@ -37,6 +39,17 @@ if TYPE_CHECKING:
 
 Backend: TypeAlias = Literal["auto", "sdpa", "flex", "math"]
 Mask: TypeAlias = "Tensor | BlockMask | None"
+
+
+FLEX_HEAD_DIM = 16
+"""Narrower heads are refused by FlexAttention's kernels."""
+
+
+def usable_backend(backend: Backend, head_dim: int) -> Backend:
+    """ "auto" as it is where FlexAttention can be compiled (triton, a C compiler, heads wide enough), else "sdpa"."""
+    if backend == "auto" and (head_dim < FLEX_HEAD_DIM or importlib.util.find_spec("triton") is None or c_compiler() is None):
+        return "sdpa"
+    return backend
 
 
 class Attention(nn.Module):
