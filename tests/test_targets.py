@@ -11,10 +11,10 @@ import torch
 
 from titanlm import checkpoint
 from titanlm.check import build_model
-from titanlm.config import load
+from titanlm.config import load, loads
 from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.export import export_run
-from titanlm.targets import find_checkpoint, import_outside, open_target, require_tokenizer, stored_config
+from titanlm.targets import find_checkpoint, import_outside, open_target, require_tokenizer
 from titanlm.train import Trainer
 from titanlm.weights import load_weights, unique_names
 
@@ -112,15 +112,15 @@ def test_precision_is_the_stored_or_the_overridden(run: Path) -> None:
 
 
 # ---------------------------------------------------------------- stored configs
-def test_overrides_of_a_stored_config(run: Path) -> None:
+def test_overrides_of_a_loads(run: Path) -> None:
     text = (run / "config.toml").read_text()
-    config = stored_config(text, "x", ["--validation.0.max_tokens=7", "--optimizer.0.lr=0.5", "--averager.decay=0.5"])
+    config = loads(text, "x", ["--validation.0.max_tokens=7", "--optimizer.0.lr=0.5", "--averager.decay=0.5"])
     assert (config.validation[0].max_tokens, config.optimizer[0].config.lr) == (7, 0.5)
-    assert stored_config(text, "x") == load(run / "config.toml")
+    assert loads(text, "x") == load(run / "config.toml")
     with pytest.raises(ConfigError, match="train.stps: unknown key"):
-        stored_config(text, "x", ["--train.stps=1"])
+        loads(text, "x", ["--train.stps=1"])
     with pytest.raises(ConfigError, match="only a file extends another"):
-        stored_config(text, "x", ["--extends=y.toml"])
+        loads(text, "x", ["--extends=y.toml"])
 
 
 def test_a_stored_config_imports_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +128,8 @@ def test_a_stored_config_imports_nothing(run: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "outside_trap.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     text = (run / "config.toml").read_text()
-    assert stored_config(text, "x", ['--imports=["outside_trap"]']).imports == ("outside_trap",)
-    assert stored_config(text.replace("imports = []", 'imports = ["outside_trap"]'), "x").imports == ("outside_trap",)
+    assert loads(text, "x", ['--imports=["outside_trap"]']).imports == ("outside_trap",)
+    assert loads(text.replace("imports = []", 'imports = ["outside_trap"]'), "x").imports == ("outside_trap",)
     with pytest.raises(SystemExit, match="imported"):
         import_outside(["outside_trap"])
 

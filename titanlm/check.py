@@ -17,6 +17,7 @@ from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, claim
 from titanlm.registry import Component
+from titanlm.runs import require_name
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Report:
     tokenizer: Any = None
     model: Any = None
     """On the meta device."""
+    data: list[str] = field(default_factory=list)
+    """Documents of each split."""
     streams: list[Any] = field(default_factory=list)
     """Kept, because a listing lives as long as a stream that uses it, and the trainer needs it next."""
 
@@ -94,23 +97,29 @@ def _check_data(config: RunConfig, report: Report) -> None:
     if tokenizer is None:
         return
 
-    def first_row(dataset: Component, split: str) -> None:
+    def first_row(dataset: Component, split: str, what: str) -> None:
         seq_len = config.train.seq_len
         (stream,) = build_streams(dataset, config.packer, tokenizer, split=split, n_streams=1, seed=config.train.seed, seq_len=seq_len)
         report.streams.append(stream)
+        if stream.n_rows is not None:
+            report.data.append(f"{stream.n_rows:,} {what}")
+            if split == "train" and stream.n_rows < config.data.n_streams and what == "train":
+                remedy = "give more or shorter documents, or lower it"
+                report.warnings.append(f"data.n_streams: {config.data.n_streams} streams read {stream.n_rows} documents, several the same at once; {remedy}")
         if stream.next_row(seq_len) is None:
             raise DataError(f"no text for split {split!r}: every row is empty or refused by dataset.filter")
 
-    report.attempt("dataset", lambda: first_row(config.dataset, "train"))
+    report.attempt("dataset", lambda: first_row(config.dataset, "train", "train"))
     for index, entry in enumerate(config.validation):
         report.attempt(f"validation.{index}", partial(ValidationSet.build, entry, config, tokenizer))
         path = "dataset" if entry.dataset is None else f"validation.{index}.dataset"
-        report.attempt(path, partial(first_row, entry.dataset or config.dataset, entry.split))
+        report.attempt(path, partial(first_row, entry.dataset or config.dataset, entry.split, entry.name))
     if config.train.sample_every:
         from titanlm.generate import prompt_ids
 
         longest = getattr(config.model.config, "max_positions", None)
         report.attempt("train.sample_prompt", lambda: prompt_ids(tokenizer, config.train.sample_prompt, longest))
+    report.attempt("run", lambda: require_name(config.run.name))
     world = report.attempt("parallel", World.from_environment)
     if world is not None and config.data.n_streams % world.size:
         report.problems.append(f"data.n_streams: {config.data.n_streams} streams cannot be shared out evenly among {world.size} ranks")
@@ -179,6 +188,8 @@ def _check_model(config: RunConfig, report: Report) -> None:
         report.problems.append(f'optimizer: no entry claims {shown}; add an entry with params = ["*"] at the end')
     report.problems += [f"quantizer.{problem}" for problem in quantizer_claims(config, model).problems]
     report.summary = summary(config, model)
+    if report.data:
+        report.summary += f"\ndocuments        {', '.join(report.data)}"
 
 
 def summary(config: RunConfig, model: Any) -> str:

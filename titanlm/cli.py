@@ -11,6 +11,7 @@ standard error in one piece; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -73,8 +74,7 @@ def _export(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from titanlm.generate import generate_text
 
-    print(args.prompt, end="", flush=True)
-    for piece in generate_text(
+    pieces = generate_text(
         args.target,
         prompt=args.prompt,
         max_tokens=args.max_tokens,
@@ -84,7 +84,10 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         device=args.device,
         imports=args.imports,
-    ):
+    )
+    first = next(pieces, "")  # before the prompt is printed: an error comes alone
+    print(args.prompt, end="")
+    for piece in itertools.chain([first], pieces):
         print(piece, end="", flush=True)
     print()
 
@@ -152,6 +155,8 @@ def _config_schema(args: argparse.Namespace) -> None:
 def _tokenizer_train(args: argparse.Namespace) -> None:
     from titanlm.tokenizers.training import train_sentencepiece
 
+    if Path(args.output).is_dir():
+        raise TitanError(f"{args.output}: is a folder; --output names the model file to write")
     if args.output.exists() and not args.force:
         raise TitanError(f"{args.output}: exists; --force overwrites it")
     texts = _counted(_texts(args))

@@ -218,8 +218,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _decode(tables, str(path), origins)
 
 
-def loads(text: str, source: str = "config") -> RunConfig:
-    """The config in a resolved text, as stored in runs, checkpoints and artifacts.
+def loads(text: str, source: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in a resolved text, as stored in runs, checkpoints and artifacts, with overrides laid over it.
 
     ``imports`` is kept as a record but not acted upon: stored text may come
     from others. A component it registered must already be importable by entry
@@ -229,6 +229,7 @@ def loads(text: str, source: str = "config") -> RunConfig:
     tables = parse(text, source, origins)
     if "extends" in tables:
         raise ConfigError([f"{source}: extends: not allowed in a stored config, which is complete by itself"], source)
+    override(tables, overrides, origins)
     try:
         return _decode(tables, source, origins)
     except ConfigError as error:

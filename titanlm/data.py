@@ -48,6 +48,11 @@ class Stream:
         """Of the dataset; the caller compares it before a resume."""
         return self._dataset.fingerprint
 
+    @property
+    def n_rows(self) -> int | None:
+        """Rows of the dataset's split, where it knows."""
+        return getattr(self._dataset, "n_rows", None)
+
     def next_row(self, seq_len: int, *, document_mask: bool = True) -> Row | None:
         """The next ``seq_len`` positions; None at the end of a stream of one pass.
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from titanlm import checkpoint
 from titanlm.check import build_model, quantizer_claims
-from titanlm.config import RunConfig, dump
+from titanlm.config import RunConfig, dump, loads
 from titanlm.errors import ArtifactError, ConfigError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, score
 from titanlm.exporters.encoding import Encoded, ExportReport, ExportRequest
-from titanlm.targets import find_checkpoint, import_outside, materialise, require_tokenizer, stored_config, use_average
+from titanlm.targets import find_checkpoint, import_outside, materialise, require_tokenizer, use_average
 from titanlm.weights import unique_names
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +82,7 @@ def export_run(
     chosen = choose_device(device)
     folder = find_checkpoint(run, step).absolute()
     state, text = checkpoint.load(folder)
-    config = stored_config(text, f"{folder}/config.toml", overrides)
+    config = loads(text, f"{folder}/config.toml", overrides)
     if config.fitter is not None and config.export.max_bytes is None:
         raise ConfigError([f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set"], "export")
     tokenizer = config.tokenizer.build()

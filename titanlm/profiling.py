@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from titanlm.config import Profile
@@ -20,7 +21,8 @@ class ProfileWindow:
     def before_step(self, step: int) -> None:
         """``step`` is the number of the step about to run, from 1."""
         if self.settings is not None and step == self.settings.start:
-            self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True)
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
 
     def after_step(self, step: int) -> Path | None:

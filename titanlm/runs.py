@@ -134,6 +134,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def require_name(name: str) -> None:
+    """Raise TitanError when a run's name is no plain folder name."""
+    if not _NAME.fullmatch(name):
+        raise TitanError(
+            f"run.name: {name!r} is not usable as a folder name; use up to 128 letters, digits and . _ - (not first: . -), "
+            "in the config or with --run.name=NAME"
+        )
+
+
 class RunFolder:
     """A run on disk. ``open`` makes or takes it up for training; ``existing`` only looks."""
 
@@ -148,11 +157,7 @@ class RunFolder:
         Raises TitanError when the name is no plain name, when the folder
         cannot be written, or when another process trains in it.
         """
-        if not _NAME.fullmatch(name):
-            raise TitanError(
-                f"run.name: {name!r} is not usable as a folder name; use up to 128 letters, digits and . _ - (not first: . -), "
-                "in the config or with --run.name=NAME"
-            )
+        require_name(name)
         path = Path(root) / name
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)

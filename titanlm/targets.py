@@ -12,7 +12,7 @@ import torch
 from titanlm import checkpoint
 from titanlm.check import Report, build_model
 from titanlm.config import RunConfig, loads
-from titanlm.config_sources import import_modules, override
+from titanlm.config_sources import import_modules
 from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.weights import initialise, load_weights, unique_names
 
@@ -64,18 +64,6 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     return found
 
 
-def stored_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A stored config, with overrides laid over it."""
-    if not overrides:
-        return loads(text, source)
-    import tomli
-    import tomli_w
-
-    tables = tomli.loads(text)
-    override(tables, overrides, {})
-    return loads(tomli_w.dumps(tables), source)
-
-
 def materialise(config: RunConfig, tokenizer: Any, weights: dict[str, Any], device: torch.device, source: str) -> Any:
     """A TrainModule in eval mode with the given weights on a device.
 
@@ -117,7 +105,7 @@ def open_target(path: Path, *, overrides: Sequence[str] = (), imports: Sequence[
         raise TitanError(f"{path}: no such run folder, checkpoint folder or artifact file")
     folder = find_checkpoint(path)
     state, text = checkpoint.load(folder)
-    config = stored_config(text, f"{folder}/config.toml", overrides)
+    config = loads(text, f"{folder}/config.toml", overrides)
     tokenizer = config.tokenizer.build()
     require_tokenizer(tokenizer, state["fingerprints"]["tokenizer"], str(folder))
     weights, label = state["model"], "raw"
@@ -155,7 +143,7 @@ def _open_artifact(path: Path, overrides: Sequence[str], device: torch.device) -
 
     artifact = read_artifact(path)
     # The adapter was merged before the artifact was written.
-    config = replace(stored_config(artifact.config_toml, str(path), overrides), adapter=None)
+    config = replace(loads(artifact.config_toml, str(path), overrides), adapter=None)
     tokenizer = rebuild(config.tokenizer, artifact.tokenizer_files)
     require_tokenizer(tokenizer, artifact.tokenizer_fingerprint, str(path))
     module = materialise(config, tokenizer, decode_tensors(artifact.tensors), device, str(path))

@@ -343,7 +343,8 @@ class Trainer:
                 for averager in self.averagers:
                     with averager.swap():
                         metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}", "averaged_")
-        self.loggers.log(self.progress.step, metrics)
+        if metrics:
+            self.loggers.log(self.progress.step, metrics)
         counts = self.loader.counts()
         if missing := counts["uncounted_bytes"]:
             # A tokenizer that normalises is scored by its pieces; by how much that differs is never hidden.

@@ -119,10 +119,10 @@ def test_a_state_of_other_data_is_refused():
 
 
 def test_nothing_but_empty_or_filtered_rows_is_an_error_and_no_endless_loop():
-    with pytest.raises(DataError, match="empty are all 3 rows"):
+    with pytest.raises(DataError, match="all 3 rows that stream 0 of 1 reads are empty"):
         next(stream(["", " ", None]))
     nothing = Component.named("filter", "documents_test_max_length", length=0)
-    with pytest.raises(DataError, match=r"dataset\.filter .* all 10 rows"):
+    with pytest.raises(DataError, match=r"all 10 rows .* refused by dataset\.filter"):
         next(stream(TEXTS, 3, 64, filters=(nothing,)))
     # Unshuffled, stream 1 of 4 meets row 1 only, in every epoch.
     with pytest.raises(DataError, match="all 1 rows that stream 1 of 4"):

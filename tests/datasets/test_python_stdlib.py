@@ -57,14 +57,18 @@ def test_limits_cut_files_at_a_line_end(library):
 
 
 def test_fingerprint_follows_names_contents_and_settings(library):
-    prints = [build().fingerprint, build("validation", validation_fraction=0.5).fingerprint, build(max_bytes_per_file=9).fingerprint]
+    prints = [
+        build(validation_fraction=0.0).fingerprint,
+        build("validation", validation_fraction=0.5).fingerprint,
+        build(validation_fraction=0.0, max_bytes_per_file=9).fingerprint,
+    ]
     path = library / "package0/module0.py"
     path.write_text(path.read_text().replace("0", "9"))
-    prints.append(build().fingerprint)
+    prints.append(build(validation_fraction=0.0).fingerprint)
     path.rename(path.with_name("renamed.py"))
-    prints.append(build().fingerprint)
+    prints.append(build(validation_fraction=0.0).fingerprint)
     assert len(set(prints)) == 5
-    assert build(shuffle=False).fingerprint == prints[-1]
+    assert build(validation_fraction=0.0, shuffle=False).fingerprint == prints[-1]
 
 
 def test_errors_name_the_remedy(library, monkeypatch, tmp_path_factory):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +121,20 @@ def test_a_file_that_changed_is_an_error(corpus):
     (corpus / "a.md").write_text("shorter")
     with pytest.raises(DataError, match=r"a\.md changed while it was in use: 7 bytes, 16"):
         next(one)
+
+
+def test_long_documents_are_cut_at_line_ends_or_between_characters(tmp_path: Path) -> None:
+    """Pieces add up to the file, none is too long, and a single book can be split and gives every stream text of its own."""
+    book = tmp_path / "book.txt"
+    text = "".join(f"line {number} größe 가나다\n" for number in range(400)) + "가" * 500
+    book.write_text(text, encoding="utf-8")
+    config = TextConfig(paths=(str(book),), max_bytes=1000)
+    rows = TextRows(config, "train")
+    pieces = [rows.row(index)["text"] for index in range(len(rows))]
+    assert "".join(pieces) == text
+    assert max(len(piece.encode()) for piece in pieces) <= 1000
+    assert sum(piece.endswith("\n") for piece in pieces) >= len(pieces) - 3
+    held = TextConfig(paths=(str(book),), max_bytes=1000, validation_fraction=0.3)
+    train, validation = TextRows(held, "train"), TextRows(held, "validation")
+    assert len(train) + len(validation) == len(rows)
+    assert min(len(train), len(validation)) > 0

@@ -86,6 +86,11 @@ class TextDocuments:
         self._passed_over = 0
         self._sure = False  # that some row of this stream's is a document
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of one pass over all streams, before filters."""
+        return len(self._rows)
+
     def __iter__(self) -> Iterator[Document]:
         return self
 
@@ -150,10 +155,10 @@ class TextDocuments:
         step = 1 if self._shuffle else math.gcd(self._n_streams, n_rows)
         reachable = range(self._stream % step, n_rows, step)
         if not any(self._fate(self._rows.row(index)) == "documents" for index in reachable):
-            which = "dataset.filter refuses or finds empty" if self._filters else "empty are"
+            which = "are empty or refused by dataset.filter" if self._filters else "are empty"
             advice = "loosen dataset.filter or look at the data" if self._filters else "look at the data"
-            met = f"all {len(reachable)} rows that stream {self._stream} of {self._n_streams} can meet"
-            raise DataError(f"{self._rows.name}: {which} {met}; {advice}")
+            rows = f"all {len(reachable)} rows that stream {self._stream} of {self._n_streams} reads"
+            raise DataError(f"{self._rows.name}: {rows} {which}; {advice}")
         self._sure = True
 
 
@@ -171,8 +176,9 @@ def held_out(key: bytes, fraction: float) -> bool:
 
     A function of the key alone, so training and validation are disjoint, equal
     keys stay together, and more data or a larger fraction move no row back.
+    Salted: corpora are often sorted or split by the plain hash of their text.
     """
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < fraction * 2.0**64
+    return int.from_bytes(hashlib.sha256(b"titanlm validation\0" + key).digest()[:8], "big") < fraction * 2.0**64
 
 
 _listings: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()

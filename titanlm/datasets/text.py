@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from titanlm.constraints import Fraction
+from titanlm.constraints import Fraction, PositiveInt
 from titanlm.datasets.documents import TextDocuments, held_out, shared
 from titanlm.errors import DataError
 from titanlm.registry import Component, Slot, Tokenizer, register
@@ -42,6 +42,8 @@ class TextConfig:
     """Without `validation_paths`: share of the rows held out, chosen by the sha256 of their text, so that equal rows stay together."""
     unit: Literal["file", "paragraph", "line"] = "file"
     """What a document is; paragraphs end at blank lines."""
+    max_bytes: PositiveInt = 262_144
+    """Longer documents are cut into pieces of at most so many bytes, after a line's end where there is one; each piece is a document."""
     errors: Literal["strict", "replace"] = "strict"
     """At bytes that are not UTF-8: stop, or read U+FFFD."""
     shuffle: bool = True
@@ -80,7 +82,7 @@ class TextRows:
         self._config = config
         self._map = lru_cache(maxsize=_OPEN_FILES)(_map)
         self._files: list[tuple[Path, int]] = []
-        digest = hashlib.sha256(repr((config.unit, config.errors, fraction, split)).encode())
+        digest = hashlib.sha256(repr((config.unit, config.errors, config.max_bytes, fraction, split)).encode())
         spans, counts = array("q"), []
         for path in own:
             with open(path, "rb") as file:
@@ -90,11 +92,11 @@ class TextRows:
             if not size:
                 continue
             before = len(spans)
-            if config.unit == "file" and fraction is None:
+            if config.unit == "file" and fraction is None and size <= config.max_bytes:
                 spans.extend((0, size))
             else:
                 data = _map(path, size)
-                for start, end in _spans(data, config.unit):
+                for start, end in _pieces(data, _spans(data, config.unit), config.max_bytes):
                     if fraction is None or held_out(data[start:end], fraction) == (split != "train"):
                         spans.extend((start, end))
             self._files.append((path, size))
@@ -139,6 +141,20 @@ def _spans(data: mmap.mmap, unit: str) -> Iterator[tuple[int, int]]:
             start = separator.end()
     if start < len(data):
         yield start, len(data)
+
+
+def _pieces(data: mmap.mmap, spans: Iterable[tuple[int, int]], max_bytes: int) -> Iterator[tuple[int, int]]:
+    """The spans, long ones cut at line ends or else between characters."""
+    for start, end in spans:
+        while end - start > max_bytes:
+            cut = data.rfind(b"\n", start, start + max_bytes) + 1
+            if not cut:
+                cut = start + max_bytes
+                while cut > start + 1 and data[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
+                    cut -= 1
+            yield start, cut
+            start = cut
+        yield start, end
 
 
 def _expand(entries: tuple[str, ...], key: str) -> list[Path]:
