@@ -161,6 +161,8 @@ class Trainer:
             self._resume(*earlier)
         self._complete()
         self.loggers.start(self.progress.step)
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.loggers.message(f"{n_parameters:,} parameters, {train.precision} on {self.device}; documents: {', '.join(report.data) or 'not counted'}")
         if earlier is not None:
             self.loggers.message(f"resumed from {earlier[0]} (step {self.progress.step}, {self.progress.tokens:,} tokens)")
 
