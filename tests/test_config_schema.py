@@ -19,6 +19,7 @@ SHIPPED = sorted(
     path
     for path in [*ROOT.glob("train_configs/**/*.toml"), *ROOT.glob("recipes/**/*.toml")]
     if not (path.parent / "pyproject.toml").exists()  # a package of its own: tested where it is installed
+    and {"model", "extends", "optimizer"} & tomli.loads(path.read_text()).keys()  # a config, not a recipe
 )
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
@@ -81,8 +82,6 @@ def broken(schema: dict[str, Any], text: str) -> list[str]:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_it_accepts_shipped_configs(schema: dict[str, Any], path: Path) -> None:
     tables = tomli.loads(path.read_text())
-    if not {"model", "extends", "optimizer"} & tables.keys():
-        pytest.skip("not a config: a recipe or a package")
     assert list(violations(tables, schema, schema)) == []
 
 

@@ -180,3 +180,8 @@ def test_weights_that_do_not_fit_are_all_named(tiny: Path) -> None:
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
     load_weights(model, weights, "here")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_mistyped_run_is_answered_with_the_nearest(run: Path) -> None:
+    with pytest.raises(TitanError, match=rf"no such run folder.*did you mean '{run.name}'"):
+        open_target(run.with_name(run.name[:-1]))

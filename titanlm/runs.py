@@ -28,7 +28,6 @@ from pathlib import Path
 
 from titanlm import environment
 from titanlm.errors import TitanError
-from titanlm.registry import did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _TEMPORARY = ".write-"
@@ -144,7 +143,7 @@ def require_name(name: str) -> None:
 
 
 class RunFolder:
-    """A run on disk. ``open`` makes or takes it up for training; ``existing`` only looks."""
+    """A run on disk; ``open`` makes or takes it up for training."""
 
     def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path = path
@@ -180,29 +179,9 @@ class RunFolder:
         _record(self.path / "config.toml", config_toml)
         _record(self.path / "environment.json", json.dumps(environment.report(), indent=1) + "\n")
 
-    @classmethod
-    def existing(cls, path: Path) -> RunFolder:
-        """The run that is there; not locked, so it may be training now.
-
-        Raises TitanError when there is none, naming those beside it.
-        """
-        path = Path(path)
-        if not (path / "config.toml").is_file():
-            names = sorted(found.parent.name for found in path.parent.glob("*/config.toml"))
-            listing = f" (runs in {path.parent}: {', '.join(names[:20])})" if names else ""
-            raise TitanError(f"{path}: not a run folder, it has no config.toml{did_you_mean(path.name, names)}{listing}")
-        return cls(path)
-
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    def config_toml(self) -> str:
-        """The resolved config of the newest start. Raises TitanError when it cannot be read."""
-        try:
-            return (self.path / "config.toml").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TitanError(f"{self.path / 'config.toml'}: cannot be read: {error}") from error
 
     def close(self) -> None:
         """Let another process train in it."""

@@ -14,6 +14,7 @@ from titanlm.check import Report, build_model
 from titanlm.config import RunConfig, loads
 from titanlm.config_sources import import_modules
 from titanlm.errors import CheckpointError, ConfigError, TitanError
+from titanlm.registry import did_you_mean
 from titanlm.weights import initialise, load_weights, unique_names
 
 
@@ -102,7 +103,8 @@ def open_target(path: Path, *, overrides: Sequence[str] = (), imports: Sequence[
             raise TitanError(f"{path}: an artifact holds one set of weights; leave out --averaged and --raw")
         return _open_artifact(path, overrides, chosen)
     if not path.exists():
-        raise TitanError(f"{path}: no such run folder, checkpoint folder or artifact file")
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise TitanError(f"{path}: no such run folder, checkpoint folder or artifact file{did_you_mean(path.name, beside)}")
     folder = find_checkpoint(path)
     state, text = checkpoint.load(folder)
     config = loads(text, f"{folder}/config.toml", overrides)
