@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_no_text_in_the_first_row_is_a_problem(tiny: Path) -> None:
     blank.write_text(" \n\n \n")
     override = f'--validation.0.dataset={{name="text",paths=["{tiny.with_name("corpus.txt")}"],validation_paths=["{blank}"]}}'
     (problem,) = check(load(tiny, [override])).problems
-    assert problem == "validation.0.dataset: no text for split 'validation': every row is empty or refused by dataset.filter"
+    assert problem == "validation.0.dataset: no text: every row is empty, unreadable or refused by dataset.filter"
 
 
 def test_sample_prompts(tiny: Path) -> None:
@@ -147,3 +148,27 @@ def test_sample_prompts(tiny: Path) -> None:
     (problem,) = check(load(tiny, [*overrides, f"--train.sample_prompt={'a' * 48}"])).problems
     assert problem == "train.sample_prompt: the prompt is 49 tokens long and model.max_positions is 48; shorten the prompt"
     assert check(load(tiny, ["--model.max_positions=48", f"--train.sample_prompt={'a' * 48}"])).problems == []  # none are asked for
+
+
+def test_the_best_checkpoint_goes_by_a_metric_that_exists(tiny: Path) -> None:
+    (problem,) = check(load(tiny, ["--checkpoint.best=validation/validation/bit_per_byte"])).problems
+    assert problem.startswith(
+        "checkpoint.best: no validation set reports 'validation/validation/bit_per_byte'; did you mean 'validation/validation/bits_per_byte'?"
+    )
+    assert "validation/validation/averaged_loss" in problem
+    assert not check(load(tiny, ["--checkpoint.best=validation/validation/averaged_loss"])).problems
+
+
+def test_h7_a_check_looks_at_no_url_and_a_run_does(tiny: Path) -> None:
+    import fsspec
+
+    data = tiny.with_name("corpus.txt").read_text(encoding="utf-8")
+    with fsspec.open("memory://check/corpus.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": paragraph}) + "\n" for paragraph in data.split("\n\n"))
+    remote = ['--dataset={name="jsonl",paths=["memory://check/corpus.jsonl"],validation_fraction=0.1}']
+    report = check(load(tiny, remote))
+    assert not report.problems
+    assert [line for line in report.warnings if "not looked at" in line and "memory://check/corpus.jsonl" in line]
+    assert not [line for line in check(load(tiny, remote), network=True).warnings if "not looked at" in line]
+    (problem,) = check(load(tiny, ['--dataset={name="jsonl",paths=["memory://check/none.jsonl"]}', "--validation=[]"]), network=True).problems
+    assert "memory://check/none.jsonl" in problem

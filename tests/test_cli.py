@@ -268,7 +268,8 @@ def test_the_settings_of_every_built_in_component_can_be_pasted(kind: str, name:
     text = describe(kind, name)
     tables = pasted(text)
     assert f"{KINDS[kind].folder}/{name}.py:" in text
-    slot = tables["export"]["exporter"] if kind == "exporter" else tables[kind]
+    around = {"exporter": "export", "filter": "dataset"}
+    slot = tables[around[kind]][kind] if kind in around else tables[kind]
     slot = slot[0] if isinstance(slot, list) else slot
     assert slot["name"] == name
     # What was read from the source is what Python has: all settings are there, with the defaults they have.

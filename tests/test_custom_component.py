@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from titanlm import checkpoint, registry
 from titanlm.batch import IGNORE, Batch
-from titanlm.data import build_streams, validation_batches
+from titanlm.data import validation_batches
 from titanlm.errors import ArtifactError, DataError
 from titanlm.exporters.encoding import ExportRequest
 from titanlm.losses.chunked import loss_sums
@@ -34,6 +34,7 @@ from titanlm.patterns import NamedParam
 from titanlm.precision import set_precision
 from titanlm.progress import Progress
 from titanlm.registry import KINDS, Component
+from titanlm.stream import build_streams
 from titanlm.tokenizers.rebuild import rebuild
 
 REPO = Path(__file__).parents[1]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,13 @@ import pytest
 import torch
 
 from titanlm.batch import IGNORE, Document
-from titanlm.data import Loader, Stream, build_streams, merge_states, validation_batches
+from titanlm.data import DataEnded, Loader, merge_states, validation_batches
+from titanlm.datasets.documents import INDEX_BITS
 from titanlm.errors import DataError
+from titanlm.packers.boundaries import finish
 from titanlm.progress import Phase
 from titanlm.registry import Component
+from titanlm.stream import Stream, build_streams
 from titanlm.tokenizers.training import train_sentencepiece
 
 SPECIMENS = ["emoji 😀👩‍👩‍👧 and é", "한국어 문장입니다", "line\n\nbreaks\r\n\ttabs\t", "  many   spaces    here ", "\u2581 odd \x00", " \n "]
@@ -41,7 +47,7 @@ def tokenizer_named(name: str, model: Path):
     return Component.named("tokenizer", name, **({"path": str(model)} if name == "sentencepiece" else {})).build()
 
 
-def streams_of(folder: Path, n_streams: int = 4, *, split="train", tokenizer=None, **settings) -> list[Stream]:
+def streams_of(folder: Path, n_streams: int = 4, *, split="train", tokenizer=None, packer="concat", epochs=None, **settings) -> list[Stream]:
     paths = {"paths": (str(folder),)} if split == "train" else {"paths": (str(folder.parent),), "validation_paths": (str(folder),)}
     if split != "train":
         other = folder.parent / f"{folder.name}-train"
@@ -50,9 +56,10 @@ def streams_of(folder: Path, n_streams: int = 4, *, split="train", tokenizer=Non
         paths["paths"] = (str(other),)
     return build_streams(
         Component.named("dataset", "text", **paths, **settings),
-        Component.named("packer", "concat"),
+        Component.named("packer", packer),
         tokenizer or Component.named("tokenizer", "byte").build(),
         split=split,
+        epochs=epochs,
         n_streams=n_streams,
         seed=5,
         seq_len=64,
@@ -158,7 +165,7 @@ def test_one_pass_scores_every_target_once_and_every_byte(folder, model, name, s
     rows = [(d, label) for batch in batches for d, label in zip(batch.document_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)]
     for document_id, label in rows:
         if label != IGNORE:
-            found.setdefault(document_id, []).append(label)
+            found.setdefault(document_id >> INDEX_BITS, []).append(label)
     assert found == expected
     assert sum(int(batch.target_bytes.sum()) for batch in batches) == sum(len(text.encode("utf-8")) for text in texts)
     assert sum(stream.counts["documents"] for stream in streams) == 0  # left as they were
@@ -355,11 +362,34 @@ def test_an_error_while_building_surfaces_in_its_own_step(prefetch):
     loader.close()
 
 
-def test_training_data_that_ends_is_an_error(folder):
-    loader = Loader(streams_of(folder, 2, split="validation"))
-    with pytest.raises(DataError, match=r"training data of stream \d has ended at row \d+"):
-        take(loader, 1000)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_that_end_are_padded_until_all_have(folder, workers):
+    streams = streams_of(folder, 4, epochs=2)
+    loader = Loader(streams, workers=workers)
+    found: dict[int, int] = {}
+    padded = 0
+
+    def read_on() -> int:
+        step = loader.next(PHASE)
+        loader.commit()
+        for batch in step.micro_batches:
+            for document in batch.document_ids[batch.labels != IGNORE].tolist():
+                found[document] = found.get(document, 0) + 1
+        return sum(int((batch.document_ids == -1).all(1).sum()) for batch in step.micro_batches)
+
+    while padded < 4:
+        padded += read_on()
+    with pytest.raises(DataEnded, match=r"as often as data\.epochs says"):
+        for _ in range(100):
+            read_on()
+    state = loader.state()
     loader.close()
+    labels = sorted(len(text.encode()) + 1 for text in corpus() if text.strip())
+    assert sorted(found.values()) == sorted(labels + labels)
+    again = Loader(streams_of(folder, 4, epochs=2), prefetch=0)
+    again.restore(through_json(state))
+    with pytest.raises(DataEnded):
+        again.next(PHASE)
 
 
 def test_bytes_that_do_not_add_up_name_the_document():
@@ -370,9 +400,9 @@ def test_bytes_that_do_not_add_up_name_the_document():
 def test_a_normalising_tokenizer_is_counted_and_the_difference_shown():
     stream = stream_over(Broken(-1, n_bytes=3))
     stream._tokenizer.lossless = False
-    row = stream.next_row(100)
+    row = finish(stream.next_row(100), document_mask=True)
     assert int(row.target_bytes.sum()) > 0
-    assert stream.counts == {"documents": 3, "text_bytes": 129, "uncounted_bytes": 9}
+    assert stream.counts == {"documents": 3, "text_bytes": 129, "uncounted_bytes": 9, "unreadable": 0}
 
 
 def test_stall_is_reset_when_read(folder):
@@ -387,3 +417,106 @@ def test_fingerprint_is_the_datasets(folder):
     first, second = streams_of(folder, 2)
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint.startswith("text: ")
+
+
+# ---------------------------------------------------------------- worker processes
+PACKERS = ["concat", "best_fit", "none"]
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_c4_rows_do_not_depend_on_workers_and_resume_with_any_number(folder, packer):
+    """Workers 0 → 2 → 4 → 1 → 0, cut inside blocks, against the straight run."""
+    straight = take(Loader(streams_of(folder, 8, packer=packer), prefetch=0), 15)
+    found, state = [], None
+    for workers, n_steps in ((0, 3), (2, 1), (4, 4), (1, 2), (3, 4), (0, 1)):
+        loader = Loader(streams_of(folder, 8, packer=packer), workers=workers, prefetch=workers)
+        if state is not None:
+            loader.restore(state)
+        found += take(loader, n_steps)
+        state = through_json(loader.state())
+        loader.close()
+    assert found == straight
+
+
+def test_c5_world_size_2_1_2_with_workers_loses_and_repeats_nothing(folder):
+    """All documents of every label, compared with the run on one rank."""
+
+    def documents(steps) -> list[tuple]:
+        return [(batch.document_ids.tolist(), batch.labels.tolist()) for step in steps for batch in step.micro_batches]
+
+    def run(world_size, n_steps, state, workers):
+        phase = Phase(32, 2, 4 // world_size)
+        loaders = [Loader(streams_of(folder, 8), world_size=world_size, rank=rank, workers=workers) for rank in range(world_size)]
+        rows = []
+        for loader in loaders:
+            if state is not None:
+                loader.restore(state)
+        for _ in range(n_steps):
+            by_rank = []
+            for loader in loaders:
+                by_rank.append([row for batch in loader.next(phase).micro_batches for row in zip(batch.document_ids.tolist(), batch.labels.tolist())])
+                loader.commit()
+            rows += [by_rank[g % world_size][g // world_size] for g in range(8)]
+        state = through_json(merge_states([loader.state() for loader in loaders]))
+        for loader in loaders:
+            loader.close()
+        return rows, state
+
+    straight, _ = run(1, 9, None, 0)
+    found, state = [], None
+    for world_size, n_steps, workers in ((2, 2, 2), (1, 3, 0), (2, 1, 0), (4, 1, 1), (1, 2, 3)):
+        rows, state = run(world_size, n_steps, state, workers)
+        found += rows
+    assert found == straight
+
+
+def test_row_length_may_change_under_workers(folder):
+    def run(workers):
+        loader = Loader(streams_of(folder, 4), workers=workers)
+        steps = []
+        for seq_len in (32, 32, 64, 16, 16):
+            steps += take(loader, 1, Phase(seq_len, 2, 2))
+        loader.close()
+        return steps
+
+    assert run(2) == run(0)
+
+
+def test_d13_a_killed_worker_is_an_error_within_ten_seconds_and_no_hang(folder):
+    loader = Loader(streams_of(folder, 4), workers=2, prefetch=0)
+    take(loader, 1)
+    before = loader.state()
+    os.kill(loader._rows._engine.processes[0].pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"data worker \d+ has died .*start again"):
+        take(loader, 10_000)
+    assert time.monotonic() - started < 10
+    assert loader.state()["row"] >= before["row"]
+    loader.close()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_i2_workers_ignore_the_signals_of_the_group(folder, signal_number):
+    straight = take(Loader(streams_of(folder, 4), prefetch=0), 6)
+    loader = Loader(streams_of(folder, 4), workers=2)
+    steps = take(loader, 2)
+    for process in loader._rows._engine.processes:
+        os.kill(process.pid, signal_number)
+    assert steps + take(loader, 4) == straight
+    processes = loader._rows._engine.processes
+    loader.close()
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_an_error_in_a_worker_comes_in_its_own_step_without_a_traceback(folder):
+    loader = Loader([stream_over(Broken(fails_at=3, n_bytes=0)), stream_over(Broken(fails_at=-1))], workers=2)
+    phase = Phase(39, 2, 1)
+    take(loader, 3, phase)
+    with pytest.raises(RuntimeError, match="OSError: the disk is gone"):
+        loader.next(phase)
+    loader.close()
+    wrong = Loader([stream_over(Broken(-1, n_bytes=3))], workers=1)
+    with pytest.raises(DataError, match=r"^document 1: its tokens stand for 40 bytes and its text has 43"):
+        wrong.next(phase)
+    assert wrong.state()["row"] == 0
+    wrong.close()

@@ -18,10 +18,10 @@ import torch
 from titanlm.batch import Batch
 from titanlm.cli import main
 from titanlm.config import load
-from titanlm.data import build_streams
-from titanlm.errors import DataError, TitanError
+from titanlm.errors import ConfigError, DataError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, evaluate_target, score
 from titanlm.registry import Component
+from titanlm.stream import build_streams
 from titanlm.targets import open_target
 from titanlm.train import Trainer
 
@@ -126,16 +126,33 @@ def test_the_validation_set_of_an_entry(tiny: Path) -> None:
     config = load(tiny, ['--validation=[{name="a",max_tokens=100},{name="b",split="train",max_tokens=7}]', "--train.seq_len=24", "--data.document_mask=false"])
     tokenizer = config.tokenizer.build()
     a, b = (ValidationSet.build(entry, config, tokenizer) for entry in config.validation)
-    assert (a.name, a.max_tokens, a.seq_len, a.micro_batch, a.document_mask) == ("a", 100, 24, 4, False)
+    assert (a.name, a.max_tokens, a.seq_len, a.micro_batch, a.boundaries["document_mask"]) == ("a", 100, 24, 4, False)
     assert (b.name, b.max_tokens) == ("b", 7)
     read = [next(iter(entry.batches())) for entry in (a, b)]
     assert not torch.equal(read[0].tokens, read[1].tokens), "the splits must differ"
     assert torch.equal(next(iter(a.batches())).tokens, read[0].tokens), "a second scoring must read the same"
 
 
+def test_a_set_may_have_its_own_file_length_and_batch(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "held_out.txt"
+    file.write_text("one short text", encoding="utf-8")
+    config = load(tiny, [f'--validation=[{{name="own",file="{file}",seq_len=5,micro_batch=2,every=3}}]'])
+    entry = ValidationSet.build(config.validation[0], config, config.tokenizer.build())
+    assert (entry.seq_len, entry.micro_batch, entry.every) == (5, 2, 3)
+    batches = list(entry.batches())
+    labels = torch.cat([batch.labels for batch in batches]).flatten()
+    assert bytes(labels[(labels >= 0) & (labels < 256)].tolist()) == b"one short text"
+    assert {tuple(batch.tokens.shape) for batch in batches} == {(2, 5)}
+    assert torch.equal(torch.cat([batch.tokens for batch in entry.batches()]), torch.cat([batch.tokens for batch in batches]))
+    with pytest.raises(ConfigError, match=r"validation\.0\.file: .*\.csv' ends in none of \.parquet, \.jsonl, \.txt, \.bin"):
+        load(tiny, ['--validation=[{file="x.csv"}]'])
+    with pytest.raises(ConfigError, match=r"validation\.0\.file: excludes `dataset`"):
+        load(tiny, ['--validation=[{file="x.txt",dataset="python_stdlib"}]'])
+
+
 def test_a_split_without_end_needs_a_limit(tiny: Path) -> None:
     run = trained(tiny, steps=1).folder.path
-    with pytest.raises(DataError, match="max_tokens: set 'validation' reads the split 'train', which never ends"):
+    with pytest.raises(ConfigError, match=r"validation\.0\.max_tokens: the split 'train' never ends"):
         evaluate_target(run, overrides=["--validation.0.split=train", "--validation.0.max_tokens=0"])
 
 

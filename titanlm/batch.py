@@ -9,6 +9,7 @@ document id may equal the padding id.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,13 @@ class Document:
     ids: np.ndarray
     """(n,) int32; special ids included. Never changed in place: states refer to it."""
     document_id: int
-    """Unique within a run: the position in the endless sequence of epochs."""
-    n_bytes: int
-    """UTF-8 length of the text."""
+    """Unique within a run: the place in the endless sequence of epochs (``titanlm.datasets.documents``)."""
+    n_bytes: int | None
+    """UTF-8 length of the text; None where only tokens are known."""
+    trained: np.ndarray | None = None
+    """(n,) bool, False for ids that are read but not predicted, such as the user's turns of a chat; None: all are predicted."""
+    target_bytes: np.ndarray | None = None
+    """(n,) int32, what the tokenizer counts for the ids, the receiver's to change; None: to be counted."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,32 @@ class Row:
     """``seq_len`` positions of one logical stream; every array is (T,)."""
 
     tokens: np.ndarray
-    """int64."""
+    """int64; a packer may leave them int32."""
     labels: np.ndarray
-    """int64, −100 where nothing is trained."""
+    """int64 or int32 likewise, −100 where nothing is trained."""
     positions: np.ndarray
     """int32, from 0 at the start of every document piece."""
     document_ids: np.ndarray
     """int64; attention stays inside equal ids."""
     target_bytes: np.ndarray
     """int32, UTF-8 bytes that the label stands for; 0 where the label is −100."""
+
+
+def padding(seq_len: int) -> Row:
+    """A row of nothing."""
+    return Row(
+        tokens=np.zeros(seq_len, dtype=np.int64),
+        labels=np.full(seq_len, IGNORE, dtype=np.int64),
+        positions=np.arange(seq_len, dtype=np.int32),
+        document_ids=np.full(seq_len, -1, dtype=np.int64),
+        target_bytes=np.zeros(seq_len, dtype=np.int32),
+    )
+
+
+def stacked(rows: Sequence[Row]) -> Row:
+    """R rows of packers as one whose arrays are (R, T); positions are those of the first, ``finish`` computes them."""
+    arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in ("tokens", "labels", "document_ids", "target_bytes")}
+    return Row(positions=np.broadcast_to(rows[0].positions, arrays["tokens"].shape), **arrays)
 
 
 @dataclass(frozen=True)
@@ -60,20 +82,21 @@ class Batch:
     target_bytes: Tensor
     document_mask: bool = True
     """False: plain causal attention over the row, whatever ``document_ids`` says."""
+    n_sources: int = 1
+    """Datasets that are mixed; a position's source is its document id modulo this."""
 
     @classmethod
-    def stack(cls, rows: list[Row], *, document_mask: bool = True) -> Batch:
+    def of(cls, rows: Row, start: int, end: int, *, document_mask: bool = True, n_sources: int = 1) -> Batch:
+        """Rows ``start`` to ``end`` of a stack; the tensors share its memory."""
         import torch
 
-        arrays = {field.name: np.stack([getattr(row, field.name) for row in rows]) for field in fields(Row)}
-        return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()}, document_mask=document_mask)
+        arrays = {field.name: torch.from_numpy(getattr(rows, field.name)[start:end]) for field in fields(Row)}
+        return cls(**arrays, document_mask=document_mask, n_sources=n_sources)
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU do not block."""
+        return replace(self, **{field.name: getattr(self, field.name).pin_memory() for field in fields(Row)})
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``; from pinned memory the copy does not block."""
-        moved = {}
-        for field in fields(Row):
-            tensor = getattr(self, field.name)
-            if device.type == "cuda" and tensor.device.type == "cpu":
-                tensor = tensor.pin_memory()
-            moved[field.name] = tensor.to(device, non_blocking=True)
-        return replace(self, **moved)
+        """The same batch on ``device``."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(Row)})

@@ -8,15 +8,17 @@ check`` prints what it finds, and the trainer runs it first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from titanlm.config import RunConfig
+from titanlm.datasets.files import OfflineError, offline
 from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, claim
-from titanlm.registry import Component
+from titanlm.registry import did_you_mean
 from titanlm.runs import require_name
 
 
@@ -38,6 +40,9 @@ class Report:
         """The result, or None with the problem noted under ``path``."""
         try:
             return build()
+        except OfflineError as error:
+            self.warnings.append(f"{path}: not looked at: {error}")
+            return None
         except (TitanError, ValueError, OSError) as error:
             for line in str(error).splitlines():
                 # A message may name a key of this table, with the table's name before it or without.
@@ -53,8 +58,13 @@ def _names_field(line: str) -> bool:
     return bool(colon) and head.replace("_", "").replace(".", "").isalnum() and " " not in head and head.islower()
 
 
-def check(config: RunConfig) -> Report:
-    """Every problem of a config, without touching a device or a network."""
+def check(config: RunConfig, *, network: bool = False) -> Report:
+    """Every problem of a config, without touching a device, nor a network unless ``network`` says that data behind URLs is looked at too."""
+    with nullcontext() if network else offline():
+        return _check(config)
+
+
+def _check(config: RunConfig) -> Report:
     report = Report()
     train = config.train
     if train.global_batch % train.micro_batch:
@@ -79,9 +89,19 @@ def check(config: RunConfig) -> Report:
         if optimizer.config.lr < 1e-5:
             report.warnings.append(f"optimizer.{index}.lr: {optimizer.config.lr:g} is low for pretraining; 1e-4 to 1e-2 is usual")
     names = [entry.name for entry in config.validation]
+    if (best := config.checkpoint.best) and best not in (metrics := validation_metrics(config)):
+        report.problems.append(f"checkpoint.best: no validation set reports {best!r}{did_you_mean(best, metrics)} (metrics: {', '.join(metrics)})")
     for name in sorted({name for name in names if names.count(name) > 1}):
         report.problems.append(f"validation: two sets are named {name!r}; give each a `name` of its own")
     return report
+
+
+def validation_metrics(config: RunConfig) -> list[str]:
+    """Names of what validation reports."""
+    from titanlm.evaluate import SCORES
+
+    prefixes = ["", "averaged_"] if config.averager is not None else [""]
+    return [f"validation/{entry.name}/{prefix}{score}" for entry in config.validation for prefix in prefixes for score in SCORES]
 
 
 def _fitter(config: RunConfig) -> Any:
@@ -90,30 +110,38 @@ def _fitter(config: RunConfig) -> Any:
 
 
 def _check_data(config: RunConfig, report: Report) -> None:
-    from titanlm.data import build_streams
-    from titanlm.evaluate import ValidationSet
+    from titanlm.evaluate import open_set
+    from titanlm.stream import streams_of
 
     tokenizer = report.tokenizer = report.attempt("tokenizer", config.tokenizer.build)
     if tokenizer is None:
         return
+    train, data = config.train, config.data
 
-    def first_row(dataset: Component, split: str, what: str) -> None:
-        seq_len = config.train.seq_len
-        (stream,) = build_streams(dataset, config.packer, tokenizer, split=split, n_streams=1, seed=config.train.seed, seq_len=seq_len)
+    def first_row(stream: Any, what: str) -> None:
         report.streams.append(stream)
         if stream.n_rows is not None:
             report.data.append(f"{stream.n_rows:,} {what}")
-            if split == "train" and stream.n_rows < config.data.n_streams and what == "train":
-                remedy = "give more or shorter documents, or lower it"
-                report.warnings.append(f"data.n_streams: {config.data.n_streams} streams read {stream.n_rows} documents, several the same at once; {remedy}")
-        if stream.next_row(seq_len) is None:
-            raise DataError(f"no text for split {split!r}: every row is empty or refused by dataset.filter")
+        if stream.next_row(train.seq_len) is None:
+            raise DataError("no text: every row is empty, unreadable or refused by dataset.filter")
 
-    report.attempt("dataset", lambda: first_row(config.dataset, "train", "train"))
+    def source(one: Any, what: str) -> None:
+        # The first of the run's streams: datasets may cut their files by the number of streams.
+        stream = streams_of(config, tokenizer, sources=(one,), seq_len=train.seq_len, only=(0,))[0]
+        first_row(stream, what)
+        if stream.n_rows is not None and stream.n_rows < data.n_streams:
+            remedy = "give more or shorter documents, or lower it"
+            report.warnings.append(f"data.n_streams: {data.n_streams} streams read {stream.n_rows} documents, several the same at once; {remedy}")
+
+    for index, one in enumerate(config.sources):
+        report.attempt(f"data.source.{index}.dataset" if data.source else "dataset", partial(source, one, one.name or "train"))
     for index, entry in enumerate(config.validation):
-        report.attempt(f"validation.{index}", partial(ValidationSet.build, entry, config, tokenizer))
-        path = "dataset" if entry.dataset is None else f"validation.{index}.dataset"
-        report.attempt(path, partial(first_row, entry.dataset or config.dataset, entry.split, entry.name))
+        own = f"validation.{index}" if entry.dataset is None else f"validation.{index}.dataset"
+        if entry.dataset is None and entry.file is None and entry.split == "validation":
+            own = "data.source" if data.source else "dataset"
+        report.attempt(own, partial(lambda entry: first_row(open_set(entry, config, tokenizer), entry.name), entry))
+    if data.workers > data.n_streams:
+        report.warnings.append(f"data.workers: {data.workers} processes, but data.n_streams is {data.n_streams}; so many work")
     if config.train.sample_every:
         from titanlm.generate import prompt_ids
 

@@ -142,15 +142,16 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def rotate(root: Path, keep_last: int, newest: int) -> None:
-    """Delete checkpoints of steps before ``newest`` beyond the last ``keep_last`` complete ones.
+def rotate(root: Path, keep_last: int, newest: int, best: int | None = None) -> None:
+    """Delete checkpoints of steps before ``newest`` beyond the last ``keep_last`` complete ones, but not the ``best``.
 
     Later steps (of a run that was wound back) and folders without a manifest
     do not count towards those kept, so they cannot push out a valid one.
     """
     complete = [folder for step, folder in steps(root) if step <= newest and (folder / _MANIFEST).is_file()]
     for folder in complete[:-keep_last]:
-        _remove(folder)
+        if best is None or folder.name != f"step-{best:08d}":
+            _remove(folder)
 
 
 def sweep(root: Path) -> None:

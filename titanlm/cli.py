@@ -15,13 +15,13 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from titanlm import __version__
 from titanlm.errors import ConfigError, TitanError
-from titanlm.registry import KINDS, Component, did_you_mean
+from titanlm.registry import KINDS, did_you_mean
 
 _OVERRIDE = re.compile(r"(--[A-Za-z0-9_.-]+)=.*", re.DOTALL)
 
@@ -62,7 +62,11 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> None:
     from titanlm.evaluate import evaluate_target
 
-    print(evaluate_target(args.target, overrides=args.overrides, imports=args.imports, device=args.device, averaged=args.averaged, as_json=args.json))
+    print(
+        evaluate_target(
+            args.target, overrides=args.overrides, imports=args.imports, device=args.device, averaged=args.averaged, step=args.step, as_json=args.json
+        )
+    )
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -84,6 +88,7 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         device=args.device,
         imports=args.imports,
+        step=args.step,
     )
     first = next(pieces, "")  # before the prompt is printed: an error comes alone
     print(args.prompt, end="")
@@ -153,15 +158,95 @@ def _config_schema(args: argparse.Namespace) -> None:
 
 
 def _tokenizer_train(args: argparse.Namespace) -> None:
+    from titanlm.tokenizers.corpus import counted, training_texts
     from titanlm.tokenizers.training import train_sentencepiece
 
     if Path(args.output).is_dir():
         raise TitanError(f"{args.output}: is a folder; --output names the model file to write")
     if args.output.exists() and not args.force:
         raise TitanError(f"{args.output}: exists; --force overwrites it")
-    texts = _counted(_texts(args))
-    trained = train_sentencepiece(texts, args.output, args.vocab_size, args.model_type, max_bytes=args.max_bytes)
+    trained = train_sentencepiece(
+        counted(training_texts(args.config, args.overrides, args.input, args.column)),
+        args.output,
+        args.vocab_size,
+        args.model,
+        max_bytes=args.max_bytes,
+        character_coverage=args.character_coverage,
+        symbols=args.symbol,
+        split_by_whitespace=args.split_by_whitespace,
+        whitespace_pieces=args.whitespace_pieces,
+        split_digits=args.split_digits,
+        bos_id=args.bos,
+        eos_id=args.eos,
+        pad_id=args.pad,
+    )
     print(f"{trained.path}: {trained.vocab_size:,} pieces from {trained.n_texts:,} texts, {trained.n_bytes:,} bytes")
+
+
+def _tokenizer_inspect(args: argparse.Namespace) -> None:
+    from titanlm.tokenizers.inspect import inspect
+
+    _import_outside(args.imports)
+    print(inspect(args.tokenizer))
+
+
+def _tokenizer_compare(args: argparse.Namespace) -> None:
+    from titanlm.tokenizers.compare import as_json, compare, table
+
+    _import_outside(args.imports)
+    rows = compare(args.tokenizers, args.input or (), column=args.column, max_bytes=args.max_bytes)
+    print(as_json(rows) if args.json else table(rows))
+
+
+def _data_state(args: argparse.Namespace) -> None:
+    from titanlm.data_state import describe_state, export_state, import_record
+
+    if args.import_file is None:
+        if args.run_dir is None:
+            raise TitanError("data state: name a run folder, or a record with --import FILE")
+        print(describe_state(args.run_dir) if args.output is None else export_state(args.run_dir, args.output))
+    elif args.run_dir is not None or args.output is None:
+        raise TitanError("data state --import FILE: takes no run folder, and --output FILE says where the state for data.start is written")
+    else:
+        print(import_record(args.import_file, args.output, args.trust))
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from titanlm.datasets.prepare import prepare, request_of
+
+    _import_outside(args.imports)
+    which = {"config": args.config, "overrides": args.overrides, "inputs": args.input or (), "tokenizer": args.tokenizer, "column": args.column}
+    how = {name: getattr(args, name) for name in ("split", "shard_tokens", "max_tokens", "prefix", "workers", "force")}
+    result = prepare(request_of(args.output, **which, **how))
+    print(result.as_json() if args.json else result)
+    return 0 if result.finished else 130
+
+
+def _data_inspect(args: argparse.Namespace) -> int:
+    _import_outside(args.imports)
+    common = {"tokenizer": args.tokenizer, "column": args.column, "max_rows": args.rows, "as_json": args.json, "overrides": args.overrides}
+    if args.overlap:
+        from titanlm.datasets.overlap import overlap
+
+        text, found = overlap(args.targets, **common)
+        print(text)
+        return int(found)
+    from titanlm.datasets.inspect import inspect
+
+    for text in inspect(args.targets, n_samples=args.samples, **common):
+        print(text, flush=True)
+    return 0
+
+
+def _data_download(args: argparse.Namespace) -> None:
+    from titanlm.datasets.download import download, download_golf
+
+    common = {"output": args.output, "source": args.source}
+    if args.repo == "golf":
+        print(download_golf(variant=args.variant, train_shards=args.train_shards, **common))
+        return
+    which = {"config": args.config, "split": args.split, "revision": args.revision, "include": args.include, "max_files": args.max_files}
+    print(download(args.repo, **which, **common))
 
 
 def _env(args: argparse.Namespace) -> int:
@@ -189,37 +274,6 @@ def _shown(value: Any) -> str:
     import tomli_w
 
     return "not set" if value is None else tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
-
-
-def _texts(args: argparse.Namespace) -> Iterator[str]:
-    """The texts a tokenizer is trained on: of files, of a config's dataset, or of the embedded default."""
-    if args.config is not None:
-        from titanlm.config import load
-
-        dataset = load(args.config, args.overrides).dataset
-    elif args.overrides:
-        raise TitanError(f"{args.overrides[0]}: overrides change the config of --config FILE, which is not given")
-    elif args.input:
-        dataset = Component.named("dataset", "text", paths=tuple(args.input))
-    else:
-        dataset = Component.named("dataset", "python_stdlib")
-    # Texts are read before any tokenizer; bytes stand in for the one that is being made.
-    rows = dataset.build(tokenizer=Component.named("tokenizer", "byte").build(), split="train", stream=0, n_streams=1, seed=0)
-    if not hasattr(rows, "texts"):
-        raise TitanError(f"dataset {dataset.name!r} gives no texts (it has no `texts` method), so no tokenizer can be trained on it")
-    return iter(rows.texts())
-
-
-def _counted(texts: Iterator[str]) -> Iterator[str]:
-    """The same texts, with a live count on a terminal."""
-    live = sys.stderr.isatty()
-    n_texts = n_bytes = 0
-    for text in texts:
-        n_texts, n_bytes = n_texts + 1, n_bytes + len(text)
-        if live and n_texts % 100 == 0:
-            print(f"\rreading: {n_texts:,} texts, {n_bytes / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
-        yield text
-    print(f"{chr(13) if live else ''}read {n_texts:,} texts, {n_bytes / 1e6:.1f} MB; training", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- arguments
@@ -280,7 +334,7 @@ def _build_parser() -> _Parser:
 
     verb = add("export", _export, "write a run's artifact and score it", "titanlm export runs/debug --export.max_bytes=16000000", overrides=True)
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder or checkpoint folder")
-    verb.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
+    _add_step(verb)
     verb.add_argument("--output", type=Path, help="the file to write (default: artifact.titanlm in the run folder)")
     _add_device(verb)
 
@@ -313,27 +367,119 @@ def _build_parser() -> _Parser:
     verb = config("schema", _config_schema, "print a JSON Schema for editors", "titanlm config schema > titanlm.schema.json")
     _add_imports(verb)
 
-    tokenizer = _adder(add("tokenizer", None, "make tokenizers", "titanlm tokenizer train --type spm --vocab-size 4096 --output spm.model"))
-    verb = tokenizer(
-        "train",
-        _tokenizer_train,
-        "train a tokenizer on text",
-        "titanlm tokenizer train --type spm --vocab-size 4096 --output spm.model --config run.toml",
-        overrides=True,
+    tokenizer = _adder(add("tokenizer", None, "make, inspect and compare tokenizers", "titanlm tokenizer inspect spm.model"))
+    _add_tokenizer_train(tokenizer)
+    verb = tokenizer("inspect", _tokenizer_inspect, "say what a tokenizer is and whether text comes back", "titanlm tokenizer inspect spm.model")
+    verb.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
+    _add_imports(verb)
+    example = "titanlm tokenizer compare spm.model byte --input held_out.parquet"
+    verb = tokenizer("compare", _tokenizer_compare, "count the tokens that texts take, tokenizer by tokenizer", example)
+    verb.add_argument("tokenizers", metavar="TOKENIZER", nargs="+", help="a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
+    verb.add_argument("--input", metavar="FILE", nargs="+", help=".parquet, .jsonl or text files (default: 2 MB of the standard library's sources)")
+    verb.add_argument("--column", default="text", help="of .parquet and .jsonl files (default: %(default)s)")
+    verb.add_argument("--max-bytes", type=int, help="read so many bytes of each file")
+    verb.add_argument("--json", action="store_true", help="one line of JSON")
+    _add_imports(verb)
+
+    data = _adder(add("data", None, "prepare, fetch, inspect and resume data", "titanlm data state runs/debug"))
+    verb = data(
+        "state",
+        _data_state,
+        "show where a run stands in its data, hand it on, or take up another's record",
+        "titanlm data state runs/debug --output data_state.json\n  titanlm data state --import data_state.json --trust shards --output start.json",
     )
-    verb.add_argument("--type", choices=["spm"], required=True, help="spm: SentencePiece, lossless, with byte fallback")
-    verb.add_argument("--vocab-size", type=int, required=True, help="pieces, special ids and bytes included")
-    verb.add_argument("--output", type=Path, required=True, help="the model file to write")
-    verb.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe", help="default: %(default)s")
-    source = verb.add_mutually_exclusive_group()
-    source.add_argument("--config", metavar="FILE", type=Path, help="train on the training split of this config's dataset")
-    source.add_argument("--input", metavar="FILE", nargs="+", help="train on these text files (default: the standard library's sources)")
-    verb.add_argument("--max-bytes", type=int, help="read so many bytes of text")
-    verb.add_argument("--force", action="store_true", help="overwrite the output")
+    verb.add_argument("run_dir", metavar="RUN", type=Path, nargs="?", help="run folder or checkpoint folder")
+    verb.add_argument("--output", metavar="FILE", type=Path, help="write the state there as JSON, for `data.start` of another run")
+    verb.add_argument("--import", dest="import_file", metavar="FILE", type=Path, help="a data_state.json with consumed_samples and consumed_shards")
+    verb.add_argument("--trust", choices=["samples", "shards"], help="which of its counts is right, where they contradict one another")
+
+    _add_data_prepare(data)
+    _add_data_inspect(data)
+    _add_data_download(data)
 
     verb = add("env", _env, "report versions and devices; with a config, what it lacks", "titanlm env train_configs/debug.toml", overrides=True)
     verb.add_argument("file", metavar="FILE", type=Path, nargs="?")
     return root
+
+
+def _add_tokenizer_train(tokenizer: Callable[..., _Parser]) -> None:
+    example = "titanlm tokenizer train --type spm --vocab-size 4096 --output spm.model --config run.toml"
+    verb = tokenizer("train", _tokenizer_train, "train a tokenizer on text", example, overrides=True)
+    verb.add_argument("--type", choices=["spm"], required=True, help="spm: SentencePiece, lossless, with byte fallback")
+    verb.add_argument("--model", choices=["bpe", "unigram"], default="bpe", help="default: %(default)s")
+    verb.add_argument("--vocab-size", type=int, required=True, help="pieces, special ids and bytes included")
+    verb.add_argument("--output", type=Path, required=True, help="the model file to write")
+    source = verb.add_mutually_exclusive_group()
+    source.add_argument("--config", metavar="FILE", type=Path, help="train on the training split of this config's data")
+    source.add_argument("--input", metavar="FILE", nargs="+", help="train on these text, .parquet or .jsonl files (default: the standard library's sources)")
+    verb.add_argument("--column", default="text", help="of .parquet and .jsonl files (default: %(default)s)")
+    verb.add_argument("--max-bytes", type=int, help="read so many bytes of text")
+    verb.add_argument("--symbol", metavar="TEXT", action="append", default=[], help="a text that is always one piece; may be repeated")
+    choice = argparse.BooleanOptionalAction
+    verb.add_argument("--split-by-whitespace", action=choice, default=True, help="no piece crosses a space (default: on)")
+    verb.add_argument("--whitespace-pieces", action=choice, default=True, help="pieces may be white space alone, such as indentation (default: on)")
+    verb.add_argument("--split-digits", action="store_true", help="every digit is a piece")
+    verb.add_argument("--character-coverage", type=float, default=0.9995, help="share of the text's characters that get a piece (default: %(default)s)")
+    verb.add_argument("--bos", metavar="ID", type=int, default=1, help="id of <s> (default: %(default)s)")
+    verb.add_argument("--eos", metavar="ID", type=int, default=2, help="id of </s> (default: %(default)s)")
+    verb.add_argument("--pad", metavar="ID", type=int, help="id of <pad> (default: none)")
+    verb.add_argument("--force", action="store_true", help="overwrite the output")
+
+
+def _add_data_prepare(data: Callable[..., _Parser]) -> None:
+    example = "titanlm data prepare --output shards --config run.toml\n  titanlm data prepare --output shards --input corpus.parquet --tokenizer spm.model"
+    verb = data("prepare", _data_prepare, "tokenise a dataset once, into token shards (.bin); goes on where it was stopped", example, overrides=True)
+    verb.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write to")
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", metavar="FILE", type=Path, help="the data and the tokenizer of this config; sources one after the other")
+    source.add_argument("--input", metavar="FILE", nargs="+", help=".parquet, .jsonl or .txt files")
+    verb.add_argument("--tokenizer", metavar="TOKENIZER", help="for --input: a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
+    verb.add_argument("--column", metavar="NAME", help="for --input: what holds the text of .parquet and .jsonl files (default: text)")
+    verb.add_argument("--split", choices=["train", "validation"], default="train", help="of the config's data, and in the shards' names (default: %(default)s)")
+    verb.add_argument("--shard-tokens", metavar="N", type=_positive, default=100_000_000, help="tokens of a shard (default: %(default)s)")
+    verb.add_argument("--max-tokens", metavar="N", type=_positive, help="stop before the document that would exceed so many")
+    verb.add_argument("--prefix", default="tokens", help="begins the names of the shards (default: %(default)s)")
+    verb.add_argument("--workers", metavar="N", type=_count, help="processes that tokenise; 0: none but this one (default: one for every core but one)")
+    verb.add_argument("--force", action="store_true", help="begin anew, and replace shards of these names")
+    verb.add_argument("--json", action="store_true", help="one line of JSON")
+    _add_imports(verb)
+
+
+def _add_data_inspect(data: Callable[..., _Parser]) -> None:
+    verb = data("inspect", _data_inspect, "say what is in data files or in the data of a config", "titanlm data inspect corpus.parquet", overrides=True)
+    verb.add_argument("targets", metavar="TARGET", nargs="+", help="a .parquet, .jsonl, .txt or .bin file, a folder, a glob, or a config (.toml)")
+    verb.add_argument("--tokenizer", metavar="TOKENIZER", help="count tokens with it: a file, NAME:FILE, a config or the word byte (default: a config's own)")
+    verb.add_argument("--column", metavar="NAME", help="that holds the text of .parquet and .jsonl files")
+    verb.add_argument("--rows", metavar="N", type=_positive, help="read so many rows of each dataset")
+    verb.add_argument("--samples", metavar="K", type=int, default=3, help="texts to show of each dataset, drawn at random (default: %(default)s)")
+    verb.add_argument("--overlap", action="store_true", help="count validation texts that training reads too, of a config or TRAIN VALIDATION; status 1 if any")
+    verb.add_argument("--json", action="store_true", help="one line of JSON")
+    _add_imports(verb)
+
+
+def _add_data_download(data: Callable[..., _Parser]) -> None:
+    example = "titanlm data download OWNER/NAME --config default --split train\n  titanlm data download golf --variant sp1024"
+    verb = data("download", _data_download, "fetch a data set of the Hugging Face Hub, or the shards of Parameter Golf", example)
+    verb.add_argument("repo", metavar="REPO", help="OWNER/NAME on the Hub, or the word golf")
+    verb.add_argument("--config", metavar="NAME", help="of the data set (default: the only one)")
+    verb.add_argument("--split", metavar="NAME", help="default: train")
+    verb.add_argument("--revision", metavar="REV", default="main", help="branch, tag or commit (default: %(default)s)")
+    verb.add_argument("--include", metavar="GLOB", help="only files whose names match, whatever config and split they look like")
+    verb.add_argument("--max-files", metavar="N", type=_positive, help="so many files at most")
+    verb.add_argument("--variant", metavar="NAME", default="sp1024", help="golf: sp1024, sp4096 or sp8192 (default: %(default)s)")
+    verb.add_argument("--train-shards", metavar="N", type=_positive, default=80, help="golf: so many for training, 100 M tokens each (default: %(default)s)")
+    verb.add_argument("--output", metavar="DIR", type=Path, help="where files go (default: data/NAME)")
+    verb.add_argument("--source", metavar="URL", help="a mirror or local copy to take the files from: anything that fsspec opens")
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _adder(parser: _Parser) -> Callable[..., _Parser]:
@@ -352,7 +498,16 @@ def _adder(parser: _Parser) -> Callable[..., _Parser]:
 
 def _add_target(verb: _Parser) -> None:
     verb.add_argument("target", metavar="TARGET", type=Path, help="run folder, checkpoint folder or artifact file")
+    _add_step(verb)
     _add_device(verb)
+
+
+def _add_step(verb: _Parser) -> None:
+    verb.add_argument("--step", type=_step, help="checkpoint of this step, or `best`, which checkpoint.best kept (default: the newest)")
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def _add_device(verb: _Parser) -> None:

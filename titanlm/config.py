@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_ar
 
 from titanlm.config_sources import LISTS, KeyPath, Origins, Tables, import_modules, override, parse, read_file, where
 from titanlm.constraints import NonNegativeFloat, NonNegativeInt, PositiveInt
+from titanlm.datasets.mixture import Source
 from titanlm.errors import ConfigError, RegistryError
 from titanlm.registry import PYDANTIC_CONFIG, Component, Slot, did_you_mean, known, lookup
 
@@ -97,12 +98,24 @@ class Train:
 class Data:
     """How documents become batches."""
 
+    source: tuple[Source, ...] = ()
+    """Datasets that are mixed, in place of `dataset`."""
     n_streams: PositiveInt = 64
     """Logical streams, each with its own cursor and packing buffer; ranks and workers share them out."""
+    epochs: NonNegativeInt = 0
+    """Training ends after so many passes over the data, if `train.steps` does not end it before; 0 repeats it as long as steps need."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """At rows that cannot be read: stop, or pass over them, counted and named."""
     document_mask: bool = True
     """Attention, positions and labels stop at document boundaries; false: plain causal over the row."""
+    boundary_label: Literal["ignore", "next"] = "ignore"
+    """With document_mask, what a document's last token predicts: nothing, or the first token of the next (for data whose BOS is the only separator)."""
+    workers: NonNegativeInt = 0
+    """Processes that tokenise and pack, on each rank; 0: the trainer's own. Token shards need none."""
     prefetch: NonNegativeInt = 2
     """Steps built ahead by a background thread; 0 builds each when it is asked for."""
+    start: str = ""
+    """Where a new run takes up the data: a run or checkpoint folder of the same data, or a file of `titanlm data state --import`."""
 
 
 @section
@@ -113,6 +126,8 @@ class Checkpoint:
     """Steps between checkpoints; the last step and an interrupted one are always saved. 0: only those."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept."""
+    best: str = ""
+    """Metric of a validation set by which the best checkpoint is kept besides, such as `validation/held_out/bits_per_byte`; less is better."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest valid checkpoint of the run folder; never: refuse a folder that has one."""
 
@@ -124,10 +139,26 @@ class Validation:
     name: str = "validation"
     """Heads the metrics of this set."""
     dataset: Annotated[Component, Slot("dataset")] | None = None
-    """None: the run's own dataset."""
+    """None: the run's own dataset, or its sources one after the other."""
+    file: str | None = None
+    """Short for a dataset that is all of one file, chosen by its end: .parquet, .jsonl, .txt or .bin."""
     split: Literal["train", "validation"] = "validation"
     max_tokens: NonNegativeInt = 0
     """Stop after so many positions; 0 scores the whole split."""
+    seq_len: PositiveInt | None = None
+    """Positions a row; None: `train.seq_len`."""
+    micro_batch: PositiveInt | None = None
+    """Rows a forward pass; None: `train.micro_batch`."""
+    every: PositiveInt | None = None
+    """Steps between scorings of this set; None: `train.validate_every`. The end of a run always scores it."""
+
+    def __post_init__(self) -> None:
+        if self.file is not None and self.dataset is not None:
+            raise ValueError("file: excludes `dataset`; give one of them")
+        if self.file is None and self.split == "train" and not self.max_tokens:
+            raise ValueError("max_tokens: the split 'train' never ends; say how many tokens of it to score")
+        if self.file is not None and not self.file.endswith(tuple(FILE_DATASETS)):
+            raise ValueError(f"file: {self.file!r} ends in none of {', '.join(FILE_DATASETS)}; name its dataset with [validation.dataset]")
 
 
 @section
@@ -138,6 +169,9 @@ class Profile:
     """First profiled step."""
     steps: PositiveInt = 3
 
+
+FILE_DATASETS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "text", ".bin": "token_shards"}
+"""What reads a file that stands alone, by its end."""
 
 DEFAULTS = {
     "tokenizer": "byte",
@@ -182,7 +216,8 @@ class RunConfig:
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     tokenizer: Annotated[Component, Slot("tokenizer")] = _default("tokenizer")
-    dataset: Annotated[Component, Slot("dataset")] = _default("dataset")
+    dataset: Annotated[Component, Slot("dataset")] | None = None
+    """None with `data.source`; without it, the default dataset."""
     packer: Annotated[Component, Slot("packer")] = _default("packer")
     adapter: Annotated[Component, Slot("adapter")] | None = None
     quantizer: tuple[Annotated[Component, Slot("quantizer")], ...] = ()
@@ -198,6 +233,23 @@ class RunConfig:
         default_factory=lambda: (Component.named("logger", "console"), Component.named("logger", "jsonl"))
     )
     profile: Profile | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.data.source:
+            raise ValueError("dataset: excludes `data.source`; move it there as one more [[data.source]]")
+        if self.dataset is None and not self.data.source:
+            object.__setattr__(self, "dataset", Component.named("dataset", DEFAULTS["dataset"]))
+        labels = [source.label for source in self.data.source]
+        for label in sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"data.source: two sources are called {label!r}; give each a `name` of its own")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is trained on: the mixed datasets, or the one dataset."""
+        if self.data.source:
+            return self.data.source
+        assert self.dataset is not None
+        return (Source(dataset=self.dataset),)
 
 
 # ---------------------------------------------------------------- public

@@ -10,6 +10,10 @@ State is the row counter and, for every stream, the dataset's cursor and the
 packer's buffer. Arrays in it are shared, never changed, so a state is taken
 after every step at no cost.
 
+A stream that has come to the end of its data gives padding; when no row of a
+step has a label left, the data has ended.
+
+Rows are made in this process or by worker processes (``titanlm.workers``).
 The loader builds ahead of the training loop in one thread, for the phase that
 was asked for last. When another one is asked for, what was built ahead is
 thrown away and the streams go back to the last step that was handed out: rows
@@ -24,86 +28,21 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from titanlm.batch import IGNORE, Batch, Document, Row
+from titanlm.batch import IGNORE, Batch, Row, padding, stacked
 from titanlm.errors import DataError
-from titanlm.packers.boundaries import finish, mark_start
+from titanlm.packers.boundaries import BoundaryLabel, document_starts, finish
 from titanlm.progress import Phase
-from titanlm.registry import Component, Dataset, Packer, Tokenizer
+from titanlm.stream import Stream
+from titanlm.workers import InProcess, RowSource, Workers
 
 
-class Stream:
-    """One logical stream: its documents, tokenised, packed into rows."""
-
-    def __init__(self, dataset: Dataset, packer: Packer, tokenizer: Tokenizer) -> None:
-        self._dataset, self._packer, self._tokenizer = dataset, packer, tokenizer
-        self.counts = {"documents": 0, "text_bytes": 0, "uncounted_bytes": 0}
-        """Documents read, their UTF-8 length, and how much of it their tokens do not account for (may be negative)."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the dataset; the caller compares it before a resume."""
-        return self._dataset.fingerprint
-
-    @property
-    def n_rows(self) -> int | None:
-        """Rows of the dataset's split, where it knows."""
-        return getattr(self._dataset, "n_rows", None)
-
-    def next_row(self, seq_len: int, *, document_mask: bool = True) -> Row | None:
-        """The next ``seq_len`` positions; None at the end of a stream of one pass.
-
-        Raises DataError when a lossless tokenizer's target bytes do not add up
-        to the UTF-8 length of a document.
-        """
-        while (row := self._packer.pop(seq_len)) is None:
-            document = next(self._dataset, None)
-            if document is None:
-                row = self._packer.flush(seq_len)
-                break
-            self._packer.add(document, mark_start(self._target_bytes(document)))
-        return None if row is None else finish(row, document_mask=document_mask)
-
-    def state(self) -> dict[str, Any]:
-        return {"dataset": self._dataset.state(), "packer": self._packer.state(), "counts": dict(self.counts)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back (or on) to a state; raises DataError when it is none of such a stream's."""
-        try:
-            self._dataset.restore(state["dataset"])
-            self._packer.restore(state["packer"])
-            self.counts = {name: int(state["counts"][name]) for name in self.counts}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"not a state of this dataset and packer: {error!r}; resume with the ones it was saved with") from error
-
-    def _target_bytes(self, document: Document) -> np.ndarray:
-        ids = document.ids
-        target_bytes = self._tokenizer.target_bytes(ids, np.concatenate([np.array([-1], dtype=ids.dtype), ids[:-1]]))
-        missing = document.n_bytes - int(target_bytes.sum())
-        if missing and self._tokenizer.lossless:
-            raise DataError(
-                f"document {document.document_id}: its tokens stand for {document.n_bytes - missing} bytes and its text has {document.n_bytes}, "
-                "though the tokenizer says it loses nothing; bits per byte would be wrong"
-            )
-        self.counts["documents"] += 1
-        self.counts["text_bytes"] += document.n_bytes
-        self.counts["uncounted_bytes"] += missing
-        return target_bytes
-
-
-def build_streams(dataset: Component, packer: Component, tokenizer: Tokenizer, *, split: str, n_streams: int, seed: int, seq_len: int) -> list[Stream]:
-    """All logical streams of a run, numbered as in the list; ``seq_len`` is the longest row a packer must expect."""
-    return [
-        Stream(
-            dataset.build(tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=seed),
-            packer.build(seq_len=seq_len),
-            tokenizer,
-        )
-        for stream in range(n_streams)
-    ]
+class DataEnded(DataError):
+    """The training data has been read as often as it was to be."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +57,8 @@ class StepData:
     """Positions on this rank, padding included."""
     n_bytes: int
     """UTF-8 bytes that the valid labels stand for, on this rank."""
+    source_tokens: np.ndarray
+    """(M,) int64, valid labels of each source of a mixture, on this rank."""
     document_ids: tuple[int, ...]
     """Documents that this rank's rows touch, ascending."""
 
@@ -128,6 +69,7 @@ class _Mark:
 
     row: int
     states: Mapping[int, dict[str, Any]]
+    counts: Mapping[int, dict[str, int]]
 
 
 class Loader:
@@ -135,29 +77,48 @@ class Loader:
 
     ``streams`` are all of them on every rank, since any rank may come to own
     any at a resume; only this rank's are ever read. ``prefetch`` is how many
-    steps are built ahead, 0 for none. Used by one thread.
+    steps are built ahead, 0 for none; ``workers`` how many processes make
+    rows, 0 for this one. ``pin`` puts batches into page-locked memory, from
+    which copies to a GPU do not block. Used by one thread.
 
     Raises DataError when the ranks cannot share the streams evenly.
     """
 
-    def __init__(self, streams: Sequence[Stream], *, world_size: int = 1, rank: int = 0, document_mask: bool = True, prefetch: int = 2) -> None:
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        document_mask: bool = True,
+        boundary_label: BoundaryLabel = "ignore",
+        pad_id: int = 0,
+        prefetch: int = 2,
+        workers: int = 0,
+        pin: bool = False,
+    ) -> None:
         if not streams or len(streams) % world_size:
             raise DataError(f"data.n_streams = {len(streams)} must be a multiple of the world size {world_size}")
         self._n_streams, self._world_size, self._rank = len(streams), world_size, rank
-        self._document_mask = document_mask
-        self._streams = {number: stream for number, stream in enumerate(streams) if number % world_size == rank}
+        self._document_mask, self._pin = document_mask, pin
+        self._finish = partial(finish, document_mask=document_mask, boundary_label=boundary_label, pad_id=pad_id)
+        self.n_sources = streams[0].n_sources
+        own = {number: stream for number, stream in enumerate(streams) if number % world_size == rank}
+        states = {number: stream.state() for number, stream in own.items()}
+        self._rows: RowSource = Workers(own, workers) if workers else InProcess(own)
+        self._rows.start(states)
         self._prefetch = prefetch
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="titanlm-data") if prefetch else None
         self._ahead: deque[tuple[Phase, Future[tuple[StepData, _Mark]]]] = deque()
         # Three marks: built up to, handed out up to, done up to.
-        self._built = self._handed = self._done = _Mark(0, {number: stream.state() for number, stream in self._streams.items()})
+        self._built = self._handed = self._done = _Mark(0, states, {number: state["counts"] for number, state in states.items()})
         self._stall_s = 0.0
 
     def next(self, phase: Phase) -> StepData:
         """The next step in the shape of ``phase``; blocks until it is built.
 
         Raises what went wrong while building it; the streams are then where
-        they were before. DataError when a stream has no more rows.
+        they were before. DataEnded when no stream has a label left.
         """
         started = time.perf_counter()
         if self._ahead and _shape(self._ahead[0][0]) != _shape(phase):
@@ -198,10 +159,12 @@ class Loader:
             raise DataError(
                 f"data.n_streams = {self._n_streams}, but the state to resume has {state['n_streams']}; the order of the data depends on it: set it back"
             )
-        missing = [number for number in self._streams if str(number) not in state["streams"]]
+        own = list(self._done.states)
+        missing = [number for number in own if str(number) not in state["streams"]]
         if missing:
             raise DataError(f"the state to resume lacks the data streams {missing}; it must hold those of every rank")
-        mark = _Mark(int(state["row"]), {number: state["streams"][str(number)] for number in self._streams})
+        states = {number: state["streams"][str(number)] for number in own}
+        mark = _Mark(int(state["row"]), states, {number: dict(one.get("counts", {})) for number, one in states.items()})
         previous, self._handed = self._handed, mark
         try:
             self._rewind()
@@ -214,8 +177,8 @@ class Loader:
     def counts(self) -> dict[str, int]:
         """``Stream.counts`` summed over this rank's streams, after the last committed step."""
         total: dict[str, int] = {}
-        for state in self._done.states.values():
-            for name, value in state["counts"].items():
+        for counts in self._done.counts.values():
+            for name, value in counts.items():
                 total[name] = total.get(name, 0) + value
         return total
 
@@ -229,6 +192,7 @@ class Loader:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
+        self._rows.close()
 
     def _build_ahead(self, phase: Phase, n_steps: int) -> None:
         assert self._thread is not None
@@ -241,25 +205,49 @@ class Loader:
             future.cancel()
         wait([future for _, future in self._ahead])
         self._ahead.clear()
-        for number, stream in self._streams.items():
-            stream.restore(self._handed.states[number])
+        self._rows.start(self._handed.states)
         self._built = self._handed
 
     def _build(self, phase: Phase) -> tuple[StepData, _Mark]:
         """The step after the last one built; in the thread, when there is one."""
         first = self._built.row
         end = first + phase.rows_per_rank * self._world_size
-        rows: list[Row] = []
-        touched: dict[int, Stream] = {}
+        rows: list[Row | None] = []
+        touched: dict[int, None] = {}
         for g in range(first + (self._rank - first) % self._world_size, end, self._world_size):
             number = g % self._n_streams
-            stream = touched[number] = self._streams[number]
-            row = stream.next_row(phase.seq_len, document_mask=self._document_mask)
-            if row is None:
-                raise DataError(f"the training data of stream {number} has ended at row {g}: a training dataset must go on for ever (split 'train')")
-            rows.append(row)
-        self._built = _Mark(end, {**self._built.states, **{number: stream.state() for number, stream in touched.items()}})
-        return _step_data(rows, phase, self._document_mask), self._built
+            touched[number] = None
+            rows.append(self._rows.next_row(number, phase.seq_len))
+        if all(row is None for row in rows):
+            raise DataEnded("the training data has been read as often as data.epochs says")
+        self._built = _Mark(
+            end,
+            {**self._built.states, **{number: self._rows.state(number) for number in touched}},
+            {**self._built.counts, **{number: self._rows.counts(number) for number in touched}},
+        )
+        return self._step_data([padding(phase.seq_len) if row is None else row for row in rows], phase), self._built
+
+    def _step_data(self, rows: list[Row], phase: Phase) -> StepData:
+        size = phase.micro_batch
+        whole = self._finish(stacked(rows))
+        valid = whole.labels != IGNORE
+        n_valid = int(np.count_nonzero(valid))
+        per_source = np.array([n_valid])
+        if self.n_sources > 1:
+            per_source = np.bincount((whole.document_ids % self.n_sources)[valid], minlength=self.n_sources)
+        documents = np.unique(whole.document_ids.ravel()[document_starts(whole.document_ids)])
+        return StepData(
+            micro_batches=tuple(self._batch(whole, i, i + size) for i in range(0, len(rows), size)),
+            n_valid=n_valid,
+            n_tokens=valid.size,
+            n_bytes=int(whole.target_bytes.sum()),
+            source_tokens=per_source,
+            document_ids=tuple(int(document) for document in documents if document >= 0),
+        )
+
+    def _batch(self, rows: Row, start: int, end: int) -> Batch:
+        batch = Batch.of(rows, start, end, document_mask=self._document_mask, n_sources=self.n_sources)
+        return batch.pinned() if self._pin else batch
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -278,7 +266,14 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def validation_batches(
-    streams: Stream | Sequence[Stream], seq_len: int, micro_batch: int, *, document_mask: bool = True, max_tokens: int = 0
+    streams: Stream | Sequence[Stream],
+    seq_len: int,
+    micro_batch: int,
+    *,
+    document_mask: bool = True,
+    boundary_label: BoundaryLabel = "ignore",
+    pad_id: int = 0,
+    max_tokens: int = 0,
 ) -> Iterator[Batch]:
     """One pass over streams of a validation split, the same every time; each target once.
 
@@ -292,60 +287,42 @@ def validation_batches(
     streams = [streams] if isinstance(streams, Stream) else list(streams)
     states = [stream.state() for stream in streams]
     limit = max(1, max_tokens // seq_len) if max_tokens else None
+    n_sources = streams[0].n_sources
+
+    def batch(rows: list[Row]) -> Batch:
+        whole = finish(stacked(rows), document_mask=document_mask, boundary_label=boundary_label, pad_id=pad_id)
+        return Batch.of(whole, 0, len(rows), document_mask=document_mask, n_sources=n_sources)
+
     try:
         rows: list[Row] = []
         n_rows = 0
-        for row in _round_robin(streams, seq_len, document_mask):
+        for row in _round_robin(streams, seq_len):
             rows.append(row)
             n_rows += 1
             if len(rows) == micro_batch:
-                yield Batch.stack(rows, document_mask=document_mask)
+                yield batch(rows)
                 rows = []
             if n_rows == limit:
                 break
         if not n_rows:
-            raise DataError("the validation data has no text: every row is empty or refused by dataset.filter")
+            raise DataError("the validation data has no text: every row is empty, unreadable or refused by dataset.filter")
         if rows:
-            rows += [_padding(seq_len)] * (micro_batch - len(rows))
-            yield Batch.stack(rows, document_mask=document_mask)
+            yield batch(rows + [padding(seq_len)] * (micro_batch - len(rows)))
     finally:
         for stream, state in zip(streams, states, strict=True):
             stream.restore(state)
 
 
-def _round_robin(streams: Sequence[Stream], seq_len: int, document_mask: bool) -> Iterator[Row]:
+def _round_robin(streams: Sequence[Stream], seq_len: int) -> Iterator[Row]:
     remaining = deque(streams)
     while remaining:
         stream = remaining.popleft()
-        row = stream.next_row(seq_len, document_mask=document_mask)
+        row = stream.next_row(seq_len)
         if row is not None:
             remaining.append(stream)
             yield row
 
 
-def _padding(seq_len: int) -> Row:
-    nothing = np.zeros(seq_len, dtype=np.int64)
-    return Row(
-        tokens=nothing,
-        labels=nothing + IGNORE,
-        positions=np.arange(seq_len, dtype=np.int32),
-        document_ids=nothing - 1,
-        target_bytes=np.zeros(seq_len, dtype=np.int32),
-    )
-
-
 def _shape(phase: Phase) -> tuple[int, int, int]:
     """All of a phase that a batch depends on."""
     return phase.seq_len, phase.micro_batch, phase.accumulation
-
-
-def _step_data(rows: list[Row], phase: Phase, document_mask: bool) -> StepData:
-    size = phase.micro_batch
-    documents = np.unique(np.concatenate([row.document_ids for row in rows]))
-    return StepData(
-        micro_batches=tuple(Batch.stack(rows[i : i + size], document_mask=document_mask) for i in range(0, len(rows), size)),
-        n_valid=sum(int((row.labels != IGNORE).sum()) for row in rows),
-        n_tokens=len(rows) * phase.seq_len,
-        n_bytes=sum(int(row.target_bytes.sum()) for row in rows),
-        document_ids=tuple(int(document) for document in documents if document >= 0),
-    )

@@ -22,14 +22,21 @@ from typing import Any
 import titanlm
 
 PACKAGES = (
-    "triton", "torchao", "torchdata", "numpy", "safetensors", "sentencepiece", "tiktoken", "pyarrow", "zstandard", "brotli", "wandb", "tensorboard",
+    "triton", "torchao", "torchdata", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "pyarrow", "fsspec", "zstandard", "brotli", "wandb", "tensorboard",
 )  # fmt: skip
 """Reported with their versions."""
 
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF")
 """The only environment variables that are ever reported."""
 
-_NEEDED_BY = {("logger", "wandb"): "wandb", ("logger", "tensorboard"): "tensorboard", ("tokenizer", "sentencepiece"): "sentencepiece"}
+_NEEDED_BY = {
+    ("logger", "wandb"): "wandb",
+    ("logger", "tensorboard"): "tensorboard",
+    ("tokenizer", "sentencepiece"): "sentencepiece",
+    ("tokenizer", "tiktoken"): "tiktoken",
+    ("tokenizer", "huggingface"): "tokenizers",
+    ("dataset", "parquet"): "pyarrow",
+}
 """Component → the package it imports."""
 _CODECS = {"zstd": "zstandard", "brotli": "brotli"}
 

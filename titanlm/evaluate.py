@@ -12,15 +12,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from titanlm.batch import Batch
-from titanlm.config import RunConfig, Validation
-from titanlm.data import Stream, build_streams, validation_batches
+from titanlm.config import FILE_DATASETS, RunConfig, Validation
+from titanlm.data import validation_batches
+from titanlm.datasets.mixture import Source
 from titanlm.errors import DataError
 from titanlm.metrics import bits_per_byte, perplexity
+from titanlm.registry import Component
+from titanlm.stream import Stream, streams_of
+
+SCORES = ("loss", "perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Scores:
         return bits_per_byte(self.nll, self.n_bytes) if self.n_bytes else math.nan
 
     def metrics(self, head: str, prefix: str = "") -> dict[str, float]:
-        return {f"{head}/{prefix}{name}": getattr(self, name) for name in ("loss", "perplexity", "bits_per_byte")}
+        return {f"{head}/{prefix}{name}": getattr(self, name) for name in SCORES}
 
 
 @dataclass(frozen=True)
@@ -55,21 +60,43 @@ class ValidationSet:
     """Kept, so that its listing is made once; a scoring leaves it where it was."""
     seq_len: int
     micro_batch: int
-    document_mask: bool
+    every: int
+    """Steps between scorings; 0: only at the end."""
     max_tokens: int
+    boundaries: dict[str, Any]
+    """What `validation_batches` is told of document boundaries."""
 
     @classmethod
     def build(cls, entry: Validation, config: RunConfig, tokenizer: Any) -> ValidationSet:
-        """Raises DataError for a set that would be read for ever."""
-        if entry.split == "train" and not entry.max_tokens:
-            raise DataError(f"max_tokens: set {entry.name!r} reads the split 'train', which never ends; say how many tokens of it to score")
-        train = config.train
-        dataset = entry.dataset or config.dataset
-        (stream,) = build_streams(dataset, config.packer, tokenizer, split=entry.split, n_streams=1, seed=train.seed, seq_len=train.seq_len)
-        return cls(entry.name, stream, train.seq_len, train.micro_batch, config.data.document_mask, entry.max_tokens)
+        train, data = config.train, config.data
+        seq_len = entry.seq_len or train.seq_len
+        every = train.validate_every if entry.every is None else entry.every
+        stream = open_set(entry, config, tokenizer)
+        boundaries = {"document_mask": data.document_mask, "boundary_label": data.boundary_label, "pad_id": pad_id(tokenizer)}
+        return cls(entry.name, stream, seq_len, entry.micro_batch or train.micro_batch, every, entry.max_tokens, boundaries)
 
     def batches(self) -> Iterator[Batch]:
-        return validation_batches(self.stream, seq_len=self.seq_len, micro_batch=self.micro_batch, document_mask=self.document_mask, max_tokens=self.max_tokens)
+        return validation_batches(self.stream, self.seq_len, self.micro_batch, max_tokens=self.max_tokens, **self.boundaries)
+
+
+def open_set(entry: Validation, config: RunConfig, tokenizer: Any) -> Stream:
+    """The one stream of a validation set."""
+    split, epochs, sources = entry.split, None, config.sources
+    if entry.file is not None:
+        # All of the file, in its order: one pass over what would be the training split of a dataset of its own.
+        split, epochs = "train", 1
+        kind = next(name for end, name in FILE_DATASETS.items() if entry.file.endswith(end))
+        sources = (Source(dataset=Component.named("dataset", kind, paths=(entry.file,), shuffle=False)),)
+    elif entry.dataset is not None:
+        sources = (Source(dataset=entry.dataset),)
+    seq_len = entry.seq_len or config.train.seq_len
+    return streams_of(config, tokenizer, sources=sources, split=split, n_streams=1, seq_len=seq_len, epochs=epochs)[0]
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What padded positions hold; no label and no mask depends on it."""
+    padding = getattr(tokenizer, "pad_id", None)
+    return 0 if padding is None else padding
 
 
 @torch.no_grad()
@@ -90,7 +117,7 @@ def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callabl
             n_tokens += int((batch.labels >= 0).sum())  # on the CPU, before the copy
             n_bytes += int(batch.target_bytes.sum())
             sums, _ = module(batch.to(device))
-            nll += sums.nll
+            nll += sums.nll.sum()
     finally:
         module.train(was_training)
     if not n_tokens:
@@ -106,6 +133,7 @@ def evaluate_target(
     imports: Sequence[str] = (),
     device: str = "auto",
     averaged: bool | None = None,
+    step: int | Literal["best"] | None = None,
     as_json: bool = False,
 ) -> str:
     """Score a run, a checkpoint or an artifact on its validation sets; the text to print.
@@ -116,7 +144,7 @@ def evaluate_target(
     """
     from titanlm.targets import open_target
 
-    opened = open_target(target, overrides=overrides, imports=imports, device=device, averaged=averaged)
+    opened = open_target(target, overrides=overrides, imports=imports, device=device, averaged=averaged, step=step)
     results = {}
     for entry in opened.config.validation:
         scores = score(opened.module, ValidationSet.build(entry, opened.config, opened.tokenizer), opened.device)

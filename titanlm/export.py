@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
 def export_run(
     run: Path,
     *,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     output: Path | None = None,
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -155,6 +155,7 @@ def generate_text(
     seed: int = 0,
     device: str = "auto",
     imports: Sequence[str] = (),
+    step: int | Literal["best"] | None = None,
 ) -> Iterator[str]:
     """Open a run, checkpoint or artifact and continue a prompt, piece by piece."""
     from titanlm.targets import open_target
@@ -163,5 +164,5 @@ def generate_text(
         raise TitanError("--max-tokens and --top-k must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
     if not 0 <= seed <= MAX_SEED:
         raise TitanError(f"--seed must be from 0 to {MAX_SEED}")
-    opened = open_target(target, imports=imports, device=device)
+    opened = open_target(target, imports=imports, device=device, step=step)
     yield from continue_text(opened.module.model, opened.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -54,6 +54,8 @@ class Tokenizer(Protocol):
     """Put before every document when not None."""
     eos_id: int | None
     """Put after every document when not None; may equal ``bos_id``."""
+    pad_id: int | None
+    """Fills padded positions, never masks; optional: read by ``getattr(tokenizer, "pad_id", None)``, and may equal ``eos_id``."""
     lossless: bool
     """``decode(encode(text)) == text`` for every text; then Σ target_bytes is its UTF-8 length."""
     fingerprint: str
@@ -61,7 +63,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray: ...  # (n,) int32, no special ids
     def decode(self, ids: Sequence[int]) -> str: ...
-    def target_bytes(self, ids: np.ndarray, prev_ids: np.ndarray) -> np.ndarray: ...  # (n,) int32
+    def target_bytes(self, ids: np.ndarray, prev_ids: np.ndarray) -> np.ndarray: ...  # (n,) int32, the caller's to keep and change
     def files(self) -> Mapping[str, bytes]: ...  # what an artifact must carry to rebuild it
 
 
@@ -77,6 +79,11 @@ class Dataset(Protocol):
 
 
 class Filter(Protocol):
+    """A row has ``text``, ``source``, ``n_tokens`` (of the text, by the run's tokenizer, counted when asked for) and the data's own columns."""
+
+    columns: tuple[str, ...]
+    """The data's columns that it reads, so that others stay on disk; may be absent: all are read."""
+
     def keep(self, row: Mapping[str, Any]) -> bool: ...
 
 
@@ -192,7 +199,7 @@ KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         _kind("tokenizer", Tokenizer, "text to ids, ids to bytes"),
-        _kind("dataset", Dataset, "a resumable stream of documents", "tokenizer split stream n_streams seed"),
+        _kind("dataset", Dataset, "a resumable stream of documents", "tokenizer split stream n_streams seed epochs on_error"),
         _kind("filter", Filter, "which rows of a dataset are kept"),
         _kind("packer", Packer, "documents to rows of equal length", "seq_len"),
         _kind("model", Model, "the network, without loss", "vocab_size max_seq_len"),
@@ -238,9 +245,9 @@ class Component:
         return cls(kind, name, lookup(kind, name).settings(**settings))
 
     def build(self, **runtime: Any) -> Any:
-        """Call the factory with those of ``runtime`` that it asks for."""
+        """Call the factory with those of ``runtime`` that it asks for; what is not given has the factory's default."""
         entry = lookup(self.kind, self.name)
-        return entry.factory(self.config, **{name: runtime[name] for name in entry.runtime})
+        return entry.factory(self.config, **{name: value for name, value in runtime.items() if name in entry.runtime})
 
 
 @dataclass(frozen=True)

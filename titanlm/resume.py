@@ -9,7 +9,8 @@ from titanlm import checkpoint
 from titanlm.config import RunConfig, diff, loads
 from titanlm.errors import CheckpointError
 
-RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "data.prefetch")
+RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every")
+RESUMABLE_DATA = ("data.prefetch", "data.workers", "data.epochs", "data.on_error", "data.start")
 RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports")
 """Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
 RESUMABLE_ROUNDING = ("train.threads", "train.micro_batch", "train.activation_checkpointing", "train.compile", "loss.chunk_tokens")
@@ -39,7 +40,7 @@ def find_earlier(config: RunConfig, root: Path) -> Earlier | None:
 
 def require_same_run(stored: RunConfig, config: RunConfig, folder: Path) -> None:
     """Raise CheckpointError with the settings that differ and may not on resume."""
-    free: tuple[str, ...] = (*RESUMABLE, *RESUMABLE_SECTIONS, *RESUMABLE_ROUNDING)
+    free: tuple[str, ...] = (*RESUMABLE, *RESUMABLE_DATA, *RESUMABLE_SECTIONS, *RESUMABLE_ROUNDING)
     if not any(hasattr(quantizer.build(), "prepare") for quantizer in (*stored.quantizer, *config.quantizer)):
         free += ("quantizer",)  # none has a part in training
     changed = [f"{path}: {before!r} → {after!r}" for path, before, after in diff(stored, config) if not path.startswith(free)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from titanlm import checkpoint
+from titanlm.best import Best
 from titanlm.check import Report, build_model
 from titanlm.config import RunConfig, loads
 from titanlm.config_sources import import_modules
 from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.registry import did_you_mean
+from titanlm.tokenizers.fingerprint import difference
 from titanlm.weights import initialise, load_weights, unique_names
 
 
@@ -41,8 +43,8 @@ def import_outside(modules: Sequence[str]) -> None:
     import_modules(list(modules), {("imports", index): f"--import {module}" for index, module in enumerate(modules)}, "command line")
 
 
-def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The checkpoint that a run folder, a checkpoint folder and a step mean.
+def find_checkpoint(path: Path, step: int | Literal["best"] | None = None) -> Path:
+    """The checkpoint that a run folder, a checkpoint folder and a step mean; "best" is the one that `checkpoint.best` kept.
 
     Raises CheckpointError naming what is there instead.
     """
@@ -53,6 +55,10 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
                 raise CheckpointError(f"{path}: this is one checkpoint already; leave out --step, or name the run folder")
             return path
         raise CheckpointError(f"{path}: not a run folder (no checkpoints in it), a checkpoint folder or an artifact file")
+    if step == "best":
+        step = Best.stored(path).step
+        if step is None:
+            raise CheckpointError(f"{path}: no best checkpoint is marked; a run marks it with checkpoint.best = METRIC")
     if step is not None:
         folder = root / f"step-{step:08d}"
         if not folder.is_dir():
@@ -88,8 +94,16 @@ def materialise(config: RunConfig, tokenizer: Any, weights: dict[str, Any], devi
     return module
 
 
-def open_target(path: Path, *, overrides: Sequence[str] = (), imports: Sequence[str] = (), device: str = "auto", averaged: bool | None = None) -> Target:
-    """Open a run folder, a checkpoint folder or an artifact file.
+def open_target(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    device: str = "auto",
+    averaged: bool | None = None,
+    step: int | Literal["best"] | None = None,
+) -> Target:
+    """Open a run folder, a checkpoint folder or an artifact file; ``step`` as in ``find_checkpoint``.
 
     Raises TitanError when it is none of them, is damaged, or was made with
     another tokenizer than the one found now.
@@ -99,13 +113,15 @@ def open_target(path: Path, *, overrides: Sequence[str] = (), imports: Sequence[
     import_outside(imports)
     chosen = choose_device(device)
     if path.is_file():
+        if step is not None:
+            raise TitanError(f"{path}: an artifact holds one set of weights; leave out --step")
         if averaged is not None:
             raise TitanError(f"{path}: an artifact holds one set of weights; leave out --averaged and --raw")
         return _open_artifact(path, overrides, chosen)
     if not path.exists():
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise TitanError(f"{path}: no such run folder, checkpoint folder or artifact file{did_you_mean(path.name, beside)}")
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path, step)
     state, text = checkpoint.load(folder)
     config = loads(text, f"{folder}/config.toml", overrides)
     tokenizer = config.tokenizer.build()
@@ -131,9 +147,10 @@ def use_average(config: RunConfig, model: Any, state: dict[str, Any]) -> None:
 
 
 def require_tokenizer(tokenizer: Any, fingerprint: str, source: str) -> None:
-    """Raise TitanError when text would get other ids than in training."""
-    if tokenizer.fingerprint != fingerprint:
-        raise TitanError(f"{source}: made with another tokenizer than the one found now (fingerprints differ); its scores would mean nothing")
+    """Raise TitanError, with what differs, when text would get other ids than in training."""
+    if lines := difference(fingerprint, tokenizer.fingerprint):
+        what = "made with another tokenizer than the one found now (fingerprints differ); its scores would mean nothing"
+        raise TitanError("\n  ".join([f"{source}: {what}", *lines]))
 
 
 def _open_artifact(path: Path, overrides: Sequence[str], device: torch.device) -> Target:

@@ -16,19 +16,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from titanlm import checkpoint, randomness
+from titanlm.best import Best
 from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
 from titanlm.config import RunConfig, dump
-from titanlm.data import Loader, StepData, build_streams
+from titanlm.data import DataEnded, Loader, StepData
+from titanlm.data_state import start_state
 from titanlm.distributed import activation_checkpointing
 from titanlm.distributed.compile import compile_module
 from titanlm.distributed.world import World
 from titanlm.environment import requirements
 from titanlm.errors import CheckpointError, ConfigError, DataError, TitanError
-from titanlm.evaluate import ValidationSet, score
+from titanlm.evaluate import ValidationSet, pad_id, score
 from titanlm.guard import FiniteGuard
 from titanlm.interrupts import Interrupted, Interrupts
 from titanlm.loggers.group import LoggerGroup
@@ -39,6 +42,8 @@ from titanlm.profiling import ProfileWindow
 from titanlm.progress import Phase, Phases, Progress
 from titanlm.resume import Earlier, find_earlier
 from titanlm.runs import RunFolder, write_atomic
+from titanlm.stream import streams_of
+from titanlm.tokenizers.fingerprint import difference
 from titanlm.train_module import TrainModule
 from titanlm.weights import initialise, load_weights, unique_names
 
@@ -95,22 +100,20 @@ class Trainer:
         # 5. Tokenizer, then data: streams know its ids, and the model its vocabulary.
         self.tokenizer = report.tokenizer
         self.phases = Phases([(0, first_phase(config, self.world))])
-        streams = build_streams(
-            config.dataset,
-            config.packer,
-            self.tokenizer,
-            split="train",
-            n_streams=config.data.n_streams,
-            seed=train.seed,
-            seq_len=self.phases.max_seq_len,
-        )
+        data = config.data
+        streams = streams_of(config, self.tokenizer, seq_len=self.phases.max_seq_len)
         self.fingerprints = {"tokenizer": self.tokenizer.fingerprint, "dataset": streams[0].fingerprint}
+        self.start = start_state(config, streams, self.fingerprints) if data.start and earlier is None else None
         self.loader = Loader(
             streams,
             world_size=self.world.size,
             rank=self.world.rank,
-            document_mask=config.data.document_mask,
-            prefetch=config.data.prefetch,
+            document_mask=data.document_mask,
+            boundary_label=data.boundary_label,
+            pad_id=pad_id(self.tokenizer),
+            prefetch=data.prefetch,
+            workers=data.workers,
+            pin=self.device.type == "cuda",
         )
 
         # 6. Model on the meta device, changed by adapter and quantizers; nothing is allocated yet.
@@ -150,16 +153,22 @@ class Trainer:
         self.guard = FiniteGuard(self.optimizers, self.device, remember=train.log_every + 1)
         self.meter = StepMeter(self.model.flops_per_token(self.phases.max_seq_len), peak_flops(self.device), self.device)
         self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
+        self.best = Best.read(self.folder.path, config.checkpoint.best)
         self.profile = ProfileWindow(config.profile, self.folder.path)
         self.interrupts = Interrupts()
 
         # 12. Last, the earlier start's state: it replaces the initial one of all the above.
         self.progress = Progress()
         self.saved_step = -1
+        self.source_tokens = np.zeros(self.loader.n_sources, dtype=np.int64)
+        self.unreadable = 0
         self._reset_interval()
         if earlier is not None:
             self._resume(*earlier)
+        elif self.start is not None:
+            self.loader.restore(self.start)
         self._complete()
+        self.started_at = self.progress.step
         self.loggers.start(self.progress.step)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.loggers.message(f"{n_parameters:,} parameters, {train.precision} on {self.device}; documents: {', '.join(report.data) or 'not counted'}")
@@ -171,7 +180,7 @@ class Trainer:
         """One optimizer step. Raises Interrupted between micro-batches; ``_abandon`` then undoes what was begun."""
         phase = self._enter(self.phases.at(self.progress))
         data = self.loader.next(phase)
-        loss, nll = torch.zeros((2,), device=self.device)
+        loss, nll = torch.zeros((), device=self.device), torch.zeros(self.loader.n_sources, device=self.device)
         for batch in data.micro_batches:
             self.interrupts.check()
             sums, aux = self.module(batch.to(self.device))
@@ -232,6 +241,8 @@ class Trainer:
         self.interval_nll += nll
         self.interval_steps += 1
         self.interval_bytes += data.n_bytes
+        self.interval_source_tokens += data.source_tokens
+        self.source_tokens += data.source_tokens
         self.grad_norm = grad_norm
 
     # ------------------------------------------------------------ the loop
@@ -256,7 +267,11 @@ class Trainer:
                 self.meter.start()
                 while self.progress.step < train.steps:
                     self.profile.before_step(self.progress.step + 1)
-                    self.train_step()
+                    try:
+                        self.train_step()
+                    except DataEnded as end:
+                        self._wind_up(str(end))
+                        break
                     self._between_steps(self.progress.step)
                 self._finish()
         except (Interrupted, DataError) as error:
@@ -284,14 +299,23 @@ class Trainer:
             self.save()
         elif every and step % every == 0:
             self._save_or_warn()
-        if train.validate_every and step % train.validate_every == 0 and not last:
-            self.validate()
+        due = [entry for entry in self.validation if entry.every and step % entry.every == 0]
+        if due and not last:
+            self.validate(due)
         if train.sample_every and step % train.sample_every == 0:
             self.sample()
         if train.gc_every and step % train.gc_every == 0:
             self.guard.check()  # waits for the device, whose work belongs to the time before the pause
             with self.meter.pause():
                 gc.collect()
+
+    def _wind_up(self, why: str) -> None:
+        """End at the present step, which no config could know to be the last."""
+        self._abandon()
+        if self.interval_steps and self.progress.step > self.started_at:
+            self.log()
+        self.loggers.message(f"{why}: training ends at step {self.progress.step} of {self.config.train.steps}")
+        self.save()
 
     def _save_or_warn(self) -> None:
         """A full disk in the middle of a run is no reason to end it; the next save may work."""
@@ -305,7 +329,7 @@ class Trainer:
         done = self.folder.path / "finished.json"
         mark = json.dumps({"step": self.progress.step})
         if not (done.exists() and done.read_text(encoding="utf-8") == mark):
-            self.validate()
+            self.validate(self.validation)
             write_atomic(done, mark)
 
     def _profiled(self, trace: Path | None) -> None:
@@ -315,10 +339,14 @@ class Trainer:
     def log(self) -> None:
         """Metrics since the last log step. The only place that waits for the device in an ordinary step."""
         self.guard.check()
-        nll, n_bytes = float(self.interval_nll), self.interval_bytes
+        nlls, n_bytes = self.interval_nll.tolist(), self.interval_bytes
         metrics = {"loss": float(self.interval_loss) / self.interval_steps, "grad_norm": float(self.grad_norm)}
         if n_bytes:
-            metrics["bits_per_byte"] = bits_per_byte(nll, n_bytes)
+            metrics["bits_per_byte"] = bits_per_byte(sum(nlls), n_bytes)
+        for index, source in enumerate(self.config.data.source):
+            if n_tokens := int(self.interval_source_tokens[index]):
+                metrics[f"source/{source.label}/loss"] = nlls[index] / n_tokens
+            metrics[f"source/{source.label}/tokens"] = float(self.source_tokens[index])
         for index, (entry, optimizer) in enumerate(zip(self.config.optimizer, self.optimizers, strict=True)):
             rates = dict.fromkeys(float(group["lr"]) for group in optimizer.param_groups)
             for position, lr in enumerate(rates):
@@ -329,18 +357,23 @@ class Trainer:
         metrics |= self.meter.report(remaining_steps=self.config.train.steps - self.progress.step)
         self.loggers.log(self.progress.step, metrics)
         self._reset_interval()
+        if (unreadable := self.loader.counts()["unreadable"]) > self.unreadable:
+            self.unreadable = unreadable
+            where = f"`titanlm data state {self.folder.path}` names the first of them after the next checkpoint"
+            self.loggers.message(f"WARNING: {unreadable:,} rows of the data could not be read and were passed over so far; {where}")
 
     def _reset_interval(self) -> None:
         self.interval_loss = torch.zeros((), device=self.device)
-        self.interval_nll = torch.zeros((), device=self.device)
+        self.interval_nll = torch.zeros(self.loader.n_sources, device=self.device)
         self.interval_steps = self.interval_bytes = 0
+        self.interval_source_tokens = np.zeros(self.loader.n_sources, dtype=np.int64)
 
-    def validate(self) -> dict[str, float]:
-        """Score every set with the raw weights and, where there is an averager, the averaged ones."""
+    def validate(self, sets: list[ValidationSet]) -> dict[str, float]:
+        """Score sets with the raw weights and, where there is an averager, the averaged ones."""
         self.guard.check()
         metrics: dict[str, float] = {}
         with self.meter.pause():
-            for entry in self.validation:
+            for entry in sets:
                 metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}")
                 for averager in self.averagers:
                     with averager.swap():
@@ -352,6 +385,10 @@ class Trainer:
             # A tokenizer that normalises is scored by its pieces; by how much that differs is never hidden.
             share = missing / max(1, counts["text_bytes"])
             self.loggers.message(f"bits per byte counts {-missing:+,} bytes ({-share:+.2%}) against the text read so far: the tokenizer does not round-trip")
+        if self.best.beaten_by(metrics):
+            self.save()
+            self.best = self.best.now(metrics, self.progress.step)
+            self.loggers.message(f"best {self.best.metric} so far, {self.best.value:.4f}: step {self.progress.step} is kept")
         return metrics
 
     def sample(self) -> None:
@@ -379,8 +416,9 @@ class Trainer:
             "rng": [self.rng],
             "interval": {
                 "loss": self.interval_loss, "nll": self.interval_nll,
-                "steps": self.interval_steps, "bytes": self.interval_bytes,
+                "steps": self.interval_steps, "bytes": self.interval_bytes, "source_tokens": self.interval_source_tokens.tolist(),
             },
+            "source_tokens": self.source_tokens.tolist(),
             "fingerprints": self.fingerprints,
         }  # fmt: skip
 
@@ -391,14 +429,12 @@ class Trainer:
         self.guard.check()
         with self.meter.pause():
             checkpoint.save(self.checkpoints, self.progress.step, self.state(), dump(self.config))
-            checkpoint.rotate(self.checkpoints, self.config.checkpoint.keep_last, self.progress.step)
+            checkpoint.rotate(self.checkpoints, self.config.checkpoint.keep_last, self.progress.step, self.best.step)
         self.saved_step = self.progress.step
 
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Take up a checkpoint of this run."""
-        changed = [what for what, value in self.fingerprints.items() if state["fingerprints"].get(what) != value]
-        if changed:
-            raise CheckpointError(f"{folder}: the {' and the '.join(changed)} changed since it was saved; a resumed run would read other data")
+        require_same_data(self.fingerprints, state["fingerprints"], folder)
         load_weights(self.model, state["model"], str(folder))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             checkpoint.restore_optimizer(optimizer, self.names, saved)
@@ -410,6 +446,7 @@ class Trainer:
         interval = state["interval"]
         self.interval_loss, self.interval_nll = interval["loss"].to(self.device), interval["nll"].to(self.device)
         self.interval_steps, self.interval_bytes = interval["steps"], interval["bytes"]
+        self.interval_source_tokens, self.source_tokens = np.array(interval["source_tokens"]), np.array(state["source_tokens"])
         randomness.restore(state["rng"][self.world.rank])
         self.saved_step = self.progress.step
 
@@ -426,9 +463,18 @@ class Trainer:
         self.close()
 
 
+def require_same_data(now: dict[str, str], saved: dict[str, str], folder: Path) -> None:
+    """Raise CheckpointError with the difference when a resumed run would read other data, or the same as other tokens."""
+    changed = [what for what, value in now.items() if saved.get(what) != value]
+    if changed:
+        details = difference(saved["tokenizer"], now["tokenizer"]) if "tokenizer" in changed else []
+        lines = "".join(f"\n  {line}" for line in details)
+        raise CheckpointError(f"{folder}: the {' and the '.join(changed)} changed since it was saved; a resumed run would read other data{lines}")
+
+
 def preflight(config: RunConfig) -> Report:
     """Check a config; print warnings, raise ConfigError with every problem."""
-    report = check(config)
+    report = check(config, network=True)
     problems = report.problems + requirements(config)
     if problems:
         raise ConfigError(problems, config.run.name or "config")

@@ -38,7 +38,7 @@ class TrainModule(nn.Module):
         self.training_graph_only = False
 
     def forward(self, batch: Batch) -> tuple[LossSums, dict[str, Tensor]]:
-        """Sums over the trained labels, and the model's auxiliary sums by name, token-weighted.
+        """Sums over the trained labels, by source where data is mixed, and the model's auxiliary sums by name, token-weighted.
 
         Raises TitanError when the hidden states come in another dtype than
         ``compute_dtype``: a run is never silently fp32, nor silently bf16.
@@ -54,7 +54,9 @@ class TrainModule(nn.Module):
                 "cast the embedding's output to its compute_dtype and every weight to its input's dtype"
             )
         head = cast(nn.Module, self.model.head)
-        return loss_sums(hidden, batch.labels, head, self.loss, compile_kernels=self.compile_kernels), aux
+        n_sources = batch.n_sources
+        sources = batch.document_ids % n_sources if n_sources > 1 else None
+        return loss_sums(hidden, batch.labels, head, self.loss, sources=sources, n_sources=n_sources, compile_kernels=self.compile_kernels), aux
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titanlm.datasets.documents import TextDocuments, held_out, order, shared
+from titanlm.datasets.documents import INDEX_BITS, TextDocuments, held_out, order, shared
 from titanlm.errors import DataError
 from titanlm.registry import Component, register
 
@@ -58,7 +58,7 @@ def test_documents_carry_special_ids_bytes_and_unique_ids():
     assert first.ids.tolist() == [256, *"añ".encode(), 256]
     assert first.ids.dtype == np.int32
     assert not first.ids.flags.writeable
-    assert (first.n_bytes, first.document_id, second.document_id) == (3, 0, 1)
+    assert (first.n_bytes, first.document_id, second.document_id) == (3, 0, 1 << INDEX_BITS)
 
 
 @pytest.mark.parametrize("n_streams", [1, 3, 4, 10, 16])
@@ -66,10 +66,10 @@ def test_documents_carry_special_ids_bytes_and_unique_ids():
 def test_streams_together_hold_every_epoch_once(n_streams, shuffle):
     per_stream = 20 * 10 // n_streams  # 20 epochs or a little less
     documents = [one for s in range(n_streams) for one in islice(stream(TEXTS, s, n_streams, shuffle=shuffle), per_stream)]
-    assert sorted(one.document_id for one in documents) == list(range(n_streams * per_stream))
+    assert sorted(one.document_id >> INDEX_BITS for one in documents) == list(range(n_streams * per_stream))
     by_epoch: dict[int, list[str]] = {}
     for one in sorted(documents, key=lambda one: one.document_id):
-        by_epoch.setdefault(one.document_id // 10, []).append(text_of(one))
+        by_epoch.setdefault((one.document_id >> INDEX_BITS) // 10, []).append(text_of(one))
     whole = [texts for texts in by_epoch.values() if len(texts) == 10]
     assert len(whole) >= 16
     assert all(sorted(texts) == TEXTS for texts in whole)
@@ -97,7 +97,15 @@ def test_empty_and_filtered_rows_are_passed_over_and_counted():
     short = Component.named("filter", "documents_test_max_length", length=5)
     one = stream(texts, split="validation", filters=(short,))
     assert [text_of(document) for document in one] == ["ok", "fine"]
-    assert one.state() == {"taken": 6, "n_rows": 6, "documents": 2, "empty": 3, "filtered": 1}
+    assert one.state() == {
+        "taken": 6,
+        "row": 0,
+        "index": 0,
+        "emitted": 0,
+        "n_shards": 6,
+        "unreadable": [],
+        "counts": {"documents": 2, "empty": 3, "filtered": 1, "unreadable": 0},
+    }
     assert list(one.texts()) == ["ok", "fine"]
 
 
@@ -110,7 +118,7 @@ def test_resumes_at_every_point():
         second = stream(texts, 1, 3)
         second.restore(first.state())
         assert [(one.document_id, text_of(one)) for one in islice(second, 30 - cut)] == straight[cut:]
-        assert second.state()["documents"] == 30
+        assert second.state()["counts"]["documents"] == 30
 
 
 def test_a_state_of_other_data_is_refused():

@@ -76,7 +76,7 @@ def agree(ours: LossSums, total: Tensor, nll: Tensor, hidden: Tensor, head: Head
     assert ours.loss.dtype == ours.nll.dtype == torch.float64
     assert not ours.nll.requires_grad
     torch.testing.assert_close(ours.loss, total, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ours.nll, nll, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.nll, nll[None], rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(gradients_of(ours.loss, hidden, head), gradients_of(total, hidden, head), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
@@ -113,6 +113,20 @@ def test_aligned_rows_change_nothing(name: str, chunk_tokens: int, monkeypatch: 
         x = hidden.flatten(0, 1)[0] if len(shape) == 1 else hidden.view(shape)
         torch.testing.assert_close(head(x), plain_logits(x, head), rtol=1e-12, atol=1e-12)
     agree(loss_sums(hidden, labels, head, cross_entropy(chunk_tokens)), total, total.detach(), hidden, head)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 7])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_nll_is_told_apart_by_source(chunk_tokens: int, training: bool) -> None:
+    head, (hidden, labels) = make_head(**HEADS["factorised"]), make_batch()  # type: ignore[arg-type]
+    sources = torch.randint(3, labels.shape, generator=torch.Generator().manual_seed(1))
+    each = F.cross_entropy(plain_logits(hidden, head).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    with torch.set_grad_enabled(training):
+        sums = loss_sums(hidden, labels, head, cross_entropy(chunk_tokens), sources=sources, n_sources=4)
+    expected = torch.stack([each[sources.flatten() == source].sum() for source in range(4)])
+    torch.testing.assert_close(sums.nll, expected.detach(), rtol=1e-12, atol=1e-12)
+    assert sums.nll[3] == 0
+    torch.testing.assert_close(sums.loss, each.sum(), rtol=1e-12, atol=1e-12, check_dtype=False)
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 7])

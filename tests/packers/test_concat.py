@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from titanlm.batch import IGNORE, Document
-from titanlm.packers.boundaries import finish, mark_start
+from titanlm.packers.boundaries import finish, mark
 from titanlm.registry import Component
 
 
 def document(number: int, length: int) -> tuple[Document, np.ndarray]:
     """Ids 100·number + 0, 1, 2...; each id stands for as many bytes as its place."""
     ids = np.arange(length, dtype=np.int32) + 100 * number
-    return Document(ids, number, 0), mark_start(np.arange(length, dtype=np.int32))
+    return Document(ids, number, 0), mark(np.arange(length, dtype=np.int32))
 
 
 def packer_with(*lengths: int):
@@ -51,7 +51,7 @@ def test_rows_share_one_id_and_boundaries_are_masked():
 def test_plain_causal_keeps_labels_positions_and_byte_counts():
     packer = packer_with(6)
     ids = np.array([7, 8, 9], dtype=np.int32)
-    packer.add(Document(ids, 5, 0), mark_start(np.array([3, 1, 1], dtype=np.int32)))
+    packer.add(Document(ids, 5, 0), mark(np.array([3, 1, 1], dtype=np.int32)))
     packer.pop(4)
     row = finish(packer.pop(4), document_mask=False)
     assert row.labels.tolist() == [105, 7, 8, 9]

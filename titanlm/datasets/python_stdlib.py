@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from titanlm.constraints import Fraction, PositiveInt
-from titanlm.datasets.documents import TextDocuments, held_out, shared
+from titanlm.datasets.documents import OnError, TextDocuments, UnreadableRow, held_out, shared
 from titanlm.errors import DataError
 from titanlm.registry import Component, Slot, Tokenizer, register
 
@@ -43,12 +43,33 @@ class PythonStdlibConfig:
 
 
 @register("dataset", "python_stdlib")
-def python_stdlib(config: PythonStdlibConfig, *, tokenizer: Tokenizer, split: str, stream: int, n_streams: int, seed: int) -> TextDocuments:
+def python_stdlib(
+    config: PythonStdlibConfig,
+    *,
+    tokenizer: Tokenizer,
+    split: str,
+    stream: int,
+    n_streams: int,
+    seed: int,
+    epochs: int | None = None,
+    on_error: OnError = "raise",
+) -> TextDocuments:
     """Raises DataError when this Python has no library sources or the split has no files."""
     # Listings depend on which files there are, not on their order or on filters.
     listing = replace(config, shuffle=True, filter=())
     rows = shared(("python_stdlib", listing, split), lambda: SourceFiles(Path(sysconfig.get_path("stdlib")), listing, split))
-    return TextDocuments(rows, tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=seed, shuffle=config.shuffle, filters=config.filter)
+    return TextDocuments(
+        rows,
+        tokenizer=tokenizer,
+        split=split,
+        stream=stream,
+        n_streams=n_streams,
+        seed=seed,
+        epochs=epochs,
+        on_error=on_error,
+        shuffle=config.shuffle,
+        filters=config.filter,
+    )
 
 
 class SourceFiles:
@@ -85,7 +106,7 @@ class SourceFiles:
             with tokenize.open(self._root / path) as file:
                 text = file.read()
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.name}: cannot read {path}: {error}") from error
+            raise UnreadableRow(f"{self.name}: cannot read {path}: {error}") from error
         return {"text": _cut(text, self._config.max_bytes_per_file), "source": path}
 
 

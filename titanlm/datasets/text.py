@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from titanlm.constraints import Fraction, PositiveInt
-from titanlm.datasets.documents import TextDocuments, held_out, shared
+from titanlm.datasets.documents import OnError, TextDocuments, UnreadableRow, cut, held_out, shared
 from titanlm.errors import DataError
 from titanlm.registry import Component, Slot, Tokenizer, register
 
@@ -59,12 +59,25 @@ class TextConfig:
 
 
 @register("dataset", "text")
-def text(config: TextConfig, *, tokenizer: Tokenizer, split: str, stream: int, n_streams: int, seed: int) -> TextDocuments:
+def text(
+    config: TextConfig, *, tokenizer: Tokenizer, split: str, stream: int, n_streams: int, seed: int, epochs: int | None = None, on_error: OnError = "raise"
+) -> TextDocuments:
     """Raises DataError when a path matches nothing, a split has no rows, or text is not UTF-8."""
     # Listings depend on which files there are, not on their order or on filters.
     listing = replace(config, shuffle=True, filter=())
     rows = shared(("text", Path.cwd(), listing, split), lambda: TextRows(listing, split))
-    return TextDocuments(rows, tokenizer=tokenizer, split=split, stream=stream, n_streams=n_streams, seed=seed, shuffle=config.shuffle, filters=config.filter)
+    return TextDocuments(
+        rows,
+        tokenizer=tokenizer,
+        split=split,
+        stream=stream,
+        n_streams=n_streams,
+        seed=seed,
+        epochs=epochs,
+        on_error=on_error,
+        shuffle=config.shuffle,
+        filters=config.filter,
+    )
 
 
 class TextRows:
@@ -120,7 +133,7 @@ class TextRows:
             decoded = raw.decode("utf-8", errors=self._config.errors)
         except UnicodeDecodeError as error:
             at = start + error.start
-            raise DataError(f'{path}: byte {at} is not UTF-8 ({error.reason}); convert the file, or set dataset.errors = "replace"') from error
+            raise UnreadableRow(f'{path}: byte {at} is not UTF-8 ({error.reason}); convert the file, or set dataset.errors = "replace"') from error
         # A byte order mark is no part of the text.
         return {"text": decoded.removeprefix("\ufeff") if start == 0 else decoded, "source": f"{path} byte {start}"}
 
@@ -144,17 +157,8 @@ def _spans(data: mmap.mmap, unit: str) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(data: mmap.mmap, spans: Iterable[tuple[int, int]], max_bytes: int) -> Iterator[tuple[int, int]]:
-    """The spans, long ones cut at line ends or else between characters."""
     for start, end in spans:
-        while end - start > max_bytes:
-            cut = data.rfind(b"\n", start, start + max_bytes) + 1
-            if not cut:
-                cut = start + max_bytes
-                while cut > start + 1 and data[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
-                    cut -= 1
-            yield start, cut
-            start = cut
-        yield start, end
+        yield from cut(data, start, end, max_bytes)
 
 
 def _expand(entries: tuple[str, ...], key: str) -> list[Path]:

@@ -44,33 +44,44 @@ from titanlm.registry import Loss
 
 
 class LossSums(NamedTuple):
-    """Sums over the labels that are not −100; scalars in fp32, or fp64 for fp64 input."""
+    """Sums over the labels that are not −100, in fp32, or fp64 for fp64 input."""
 
     loss: Tensor
-    """Σ of the loss, differentiable."""
+    """Σ of the loss, 0-d, differentiable."""
     nll: Tensor
-    """Σ (lse − z_y), the negative log-likelihood in nats; carries no gradient."""
+    """(M,) Σ (lse − z_y) over the labels of each source, the negative log-likelihood in nats; carries no gradient."""
 
 
-def loss_sums(hidden: Tensor, labels: Tensor, head: nn.Module, loss: Loss, *, compile_kernels: bool = False) -> LossSums:
+def loss_sums(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    loss: Loss,
+    *,
+    sources: Tensor | None = None,
+    n_sources: int = 1,
+    compile_kernels: bool = False,
+) -> LossSums:
     """The loss summed over all trained labels.
 
     ``hidden`` is (B, T, D), ``labels`` (B, T) with −100 where nothing is
     trained, ``head`` maps (n, D) to (n, V) and must not keep its output for
     its backward pass, which is overwritten. ``loss.chunk_tokens`` tokens are
     taken at a time, evenly split; 0 takes all at once by plain autograd.
-    Without gradients only the sums are computed. ``compile_kernels`` fuses the
-    passes over the logits.
+    Without gradients only the sums are computed. ``sources`` (B, T) says which
+    of ``n_sources`` each label is of. ``compile_kernels`` fuses the passes over
+    the logits.
     """
     flat, targets = hidden.flatten(0, -2), labels.flatten()
-    run = _Run(head, loss, compile_kernels)
+    groups = torch.zeros_like(targets) if sources is None else sources.flatten()
+    run = _Run(head, loss, n_sources, compile_kernels)
     if loss.chunk_tokens == 0:
-        return run.sums(head(flat), targets)
+        return run.sums(head(flat), targets, groups)
     parameters = dict(head.named_parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, *parameters.values())):
-        return LossSums(*_Chunked.apply(run, tuple(parameters), flat, targets, *parameters.values()))
-    chunks = [run.sums(head(rows), wanted) for rows, wanted in _chunks(flat, targets, loss.chunk_tokens)]
-    return LossSums(*(torch.stack(sums).sum() for sums in zip(*chunks, strict=True)))
+        return LossSums(*_Chunked.apply(run, tuple(parameters), flat, targets, groups, *parameters.values()))
+    chunks = [run.sums(head(rows), wanted, group) for rows, wanted, group in _chunks(loss.chunk_tokens, flat, targets, groups)]
+    return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*chunks, strict=True)))
 
 
 # ---------------------------------------------------------------- the passes over the logits
@@ -111,6 +122,7 @@ def write_labels(gradient: Tensor, labels: Tensor, z_y: Tensor, lse: Tensor, g_z
 class _Run(NamedTuple):
     head: nn.Module
     loss: Loss
+    n_sources: int
     compile_kernels: bool
 
     def statistics(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -118,21 +130,24 @@ class _Run(NamedTuple):
         z_y, lse, z_mean = compute(logits, labels, getattr(self.loss, "needs_mean", False))
         return z_y, lse, z_mean
 
-    def sums(self, logits: Tensor, labels: Tensor) -> LossSums:
-        return self._summed(labels, *self.statistics(logits, labels))
+    def sums(self, logits: Tensor, labels: Tensor, sources: Tensor) -> LossSums:
+        return self._summed(labels, sources, *self.statistics(logits, labels))
 
-    def _summed(self, labels: Tensor, z_y: Tensor, lse: Tensor, z_mean: Tensor | None) -> LossSums:
+    def _summed(self, labels: Tensor, sources: Tensor, z_y: Tensor, lse: Tensor, z_mean: Tensor | None) -> LossSums:
         trained = labels != IGNORE
         loss = torch.where(trained, self.loss.per_token(z_y, lse, z_mean), 0.0).sum()
-        return LossSums(loss, torch.where(trained, lse - z_y, 0.0).sum().detach())
+        nll = torch.where(trained, lse - z_y, 0.0).detach()
+        # One masked sum a source: no atomic additions, whose order changes the last bits.
+        per_source = [nll if self.n_sources == 1 else torch.where(sources == source, nll, 0.0) for source in range(self.n_sources)]
+        return LossSums(loss, torch.stack([part.sum() for part in per_source]))
 
-    def differentiate(self, logits: Tensor, labels: Tensor) -> LossSums:
+    def differentiate(self, logits: Tensor, labels: Tensor, sources: Tensor) -> LossSums:
         """The sums of a chunk; its (n, V) logits are overwritten by the gradient of the loss."""
         with torch.no_grad():
             numbers = self.statistics(logits, labels)
         leaves = [number.requires_grad_() for number in numbers if number is not None]
         with torch.enable_grad():
-            sums = self._summed(labels, *numbers)
+            sums = self._summed(labels, sources, *numbers)
         trained = labels != IGNORE
         gradients = torch.autograd.grad(sums.loss, leaves, materialize_grads=True)
         # A row that is not trained is zero even where its loss is not finite.
@@ -148,8 +163,8 @@ class _Run(NamedTuple):
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: _Run, names: tuple[str, ...], hidden: Tensor, labels: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
+    def forward(ctx: Any, run: _Run, names: tuple[str, ...], hidden: Tensor, labels: Tensor, sources: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[5:]
         casts = getattr(run.head, "casts_weights", False)
         weights = [parameter.detach().to(hidden.dtype if casts else parameter.dtype) for parameter in parameters]
         for weight, need in zip(weights, needs, strict=True):
@@ -159,12 +174,12 @@ class _Chunked(torch.autograd.Function):
         sums: list[LossSums] = []
         totals: list[Tensor] = []
         start = 0
-        for rows, wanted in _chunks(hidden, labels, run.loss.chunk_tokens):
+        for rows, wanted, group in _chunks(run.loss.chunk_tokens, hidden, labels, sources):
             rows = rows.detach().requires_grad_(needs_hidden)
             with torch.enable_grad():
                 logits = functional_call(run.head, dict(zip(names, weights, strict=True)), (rows,))
             gradient = logits.detach()  # the same memory, and autograd's count of changes to it
-            sums.append(run.differentiate(gradient, wanted))
+            sums.append(run.differentiate(gradient, wanted, group))
             inputs = [weights[i] for i in trained] + ([rows] if needs_hidden else [])
             gradients = list(torch.autograd.grad(logits, inputs, gradient, materialize_grads=True))
             del logits, gradient
@@ -180,8 +195,8 @@ class _Chunked(torch.autograd.Function):
         by_position: list[Tensor | None] = [None] * len(parameters)
         for i, total in zip(trained, totals, strict=True):
             by_position[i] = total.to(parameters[i].dtype)
-        ctx.gradients = [hidden_gradient, None, *by_position]
-        loss, nll = (torch.stack(column).sum() for column in zip(*sums, strict=True))
+        ctx.gradients = [hidden_gradient, None, None, *by_position]
+        loss, nll = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
@@ -193,7 +208,8 @@ class _Chunked(torch.autograd.Function):
         return (None, None, *(None if gradient is None else gradient.mul_(outer[0]) for gradient in gradients))
 
 
-def _chunks(hidden: Tensor, labels: Tensor, chunk_tokens: int) -> list[tuple[Tensor, Tensor]]:
+def _chunks(chunk_tokens: int, *arrays: Tensor) -> list[tuple[Tensor, ...]]:
     """Even parts of at most ``chunk_tokens`` tokens: a short rest would be slow, and compile once more."""
-    size = max(1, -(-len(labels) // max(1, -(-len(labels) // chunk_tokens))))
-    return list(zip(hidden.split(size), labels.split(size), strict=True))
+    n_tokens = len(arrays[0])
+    size = max(1, -(-n_tokens // max(1, -(-n_tokens // chunk_tokens))))
+    return list(zip(*(array.split(size) for array in arrays), strict=True))

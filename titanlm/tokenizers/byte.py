@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titanlm.errors import DataError
 from titanlm.registry import register
+from titanlm.tokenizers.fingerprint import fingerprint
+from titanlm.tokenizers.text import joined, utf8
 
 SEPARATOR = 256
 
@@ -24,34 +25,30 @@ class ByteTokenizer:
 
     A document becomes ``[256, bytes..., 256]``: the separator is its beginning,
     so that the first byte is a target, and its end, so that the model learns
-    to stop.
+    to stop. Padding is the separator too.
     """
 
     vocab_size = 257
     bos_id = SEPARATOR
     eos_id = SEPARATOR
+    pad_id = SEPARATOR
     lossless = True
-    fingerprint = "byte: ids 0-255 are UTF-8 bytes, 256 begins and ends a document"
 
     def __init__(self, config: ByteConfig) -> None:
         self.config = config
+        self._pieces = [*(bytes([value]) for value in range(256)), b""]
+        self.fingerprint = fingerprint("byte", self)
 
     def encode(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of ``text``: (n,) int32.
 
         Raises DataError for a lone surrogate, which no UTF-8 text contains.
         """
-        try:
-            return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
-        except UnicodeEncodeError as error:
-            raise DataError(f"character {error.start} of a text is the lone surrogate {text[error.start]!r}, which UTF-8 cannot hold") from error
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; separators vanish, broken UTF-8 becomes U+FFFD."""
-        array = np.asarray(ids, dtype=np.int64)
-        if array.size and not 0 <= array.min() <= array.max() <= SEPARATOR:
-            raise DataError(f"the byte tokenizer has ids 0 to {SEPARATOR}, not {array.min()} to {array.max()}")
-        return array[array != SEPARATOR].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return joined(self._pieces, ids)
 
     def target_bytes(self, ids: np.ndarray, prev_ids: np.ndarray) -> np.ndarray:
         """Bytes that each id stands for: (n,) int32, 1 for a byte and 0 for the separator."""
@@ -59,3 +56,7 @@ class ByteTokenizer:
 
     def files(self) -> Mapping[str, bytes]:
         return {}
+
+    def pieces(self) -> Sequence[bytes | None]:
+        """The bytes of each id, none for the separator."""
+        return self._pieces

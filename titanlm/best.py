@@ -1,0 +1,45 @@
+"""The best checkpoint so far by a validation metric; `best.json` in the run folder says which."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from titanlm.runs import write_atomic
+
+
+@dataclass(frozen=True)
+class Best:
+    """Less is better. ``step`` is None while nothing has been scored; ``metric`` is empty when none is asked for."""
+
+    folder: Path
+    metric: str
+    value: float = math.inf
+    step: int | None = None
+
+    @classmethod
+    def stored(cls, folder: Path) -> Best:
+        """What a run folder says, by whatever metric."""
+        try:
+            stored = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+            return cls(folder, str(stored["metric"]), float(stored["value"]), int(stored["step"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(folder, "")
+
+    @classmethod
+    def read(cls, folder: Path, metric: str) -> Best:
+        """What an earlier start of the run left, if it went by the same metric."""
+        stored = cls.stored(folder)
+        return stored if stored.metric == metric else cls(folder, metric)
+
+    def beaten_by(self, metrics: Mapping[str, float]) -> bool:
+        return bool(self.metric) and metrics.get(self.metric, math.nan) < self.value
+
+    def now(self, metrics: Mapping[str, float], step: int) -> Best:
+        """The step is the best; its checkpoint is there already."""
+        best = replace(self, value=metrics[self.metric], step=step)
+        write_atomic(self.folder / "best.json", json.dumps({"metric": best.metric, "value": best.value, "step": step}))
+        return best
