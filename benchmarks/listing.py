@@ -50,7 +50,8 @@ def main() -> None:
         streams = [dataset.build(stream=stream, **runtime) for stream in range(options.streams)]
         built_s = time.perf_counter() - started
         next(streams[0])
-        print(f"{options.files:,} files, {options.streams} streams: built in {built_s:.2f} s, first document {time.perf_counter() - started - built_s:.2f} s later")
+        first_s = time.perf_counter() - started - built_s
+        print(f"{options.files:,} files, {options.streams} streams: built in {built_s:.2f} s, first document {first_s:.2f} s later")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def rate(dataset: Component, packer: str, tokenizer: Tokenizer, seq_len: int, wo
     streams = build_streams(dataset, Component.named("packer", packer), tokenizer, **common)  # type: ignore[arg-type]
     loader = Loader(streams, workers=workers)
     rows = max(1, min(256, n_tokens // seq_len // 4))
-    phase = Phase(seq_len, rows, 1)
+    micro_batch = max(n for n in range(1, 33) if rows % n == 0)
+    phase = Phase(seq_len, micro_batch, rows // micro_batch)
     loader.next(phase)
     loader.commit()
     taken, started = 0, time.perf_counter()
@@ -115,8 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         text = Component.named("dataset", "python_stdlib")
     line(f"{name} alone", "", 0, 0, alone(text, tokenizer, options.seconds))
+    seq_len = options.seq_len[-1]
     for workers in options.workers:
-        line(f"{text.name}, {name}", "concat", options.seq_len[-1], workers, rate(text, "concat", tokenizer, options.seq_len[-1], workers, options.tokens, options.seconds))
+        line(f"{text.name}, {name}", "concat", seq_len, workers, rate(text, "concat", tokenizer, seq_len, workers, options.tokens, options.seconds))
 
 
 if __name__ == "__main__":

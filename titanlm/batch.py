@@ -86,11 +86,11 @@ class Batch:
     """Datasets that are mixed; a position's source is its document id modulo this."""
 
     @classmethod
-    def of(cls, rows: Row, start: int, end: int, *, document_mask: bool = True, n_sources: int = 1) -> Batch:
-        """Rows ``start`` to ``end`` of a stack; the tensors share its memory."""
+    def of(cls, rows: Row, *, document_mask: bool = True, n_sources: int = 1) -> Batch:
+        """A stack of finished rows; the tensors share its memory."""
         import torch
 
-        arrays = {field.name: torch.from_numpy(getattr(rows, field.name)[start:end]) for field in fields(Row)}
+        arrays = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in fields(Row)}
         return cls(**arrays, document_mask=document_mask, n_sources=n_sources)
 
     def pinned(self) -> Batch:

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -228,26 +228,38 @@ class Loader:
         return self._step_data([padding(phase.seq_len) if row is None else row for row in rows], phase), self._built
 
     def _step_data(self, rows: list[Row], phase: Phase) -> StepData:
-        size = phase.micro_batch
+        # One micro-batch after the other: arrays that fit a cache are worked on faster than those of a whole step.
+        parts = [self._micro_batch(rows[start : start + phase.micro_batch]) for start in range(0, len(rows), phase.micro_batch)]
+        documents = np.unique(np.concatenate([part.documents for part in parts]))
+        return StepData(
+            micro_batches=tuple(part.batch for part in parts),
+            n_valid=sum(part.n_valid for part in parts),
+            n_tokens=len(rows) * phase.seq_len,
+            n_bytes=sum(part.n_bytes for part in parts),
+            source_tokens=np.sum([part.source_tokens for part in parts], axis=0),
+            document_ids=tuple(documents[documents >= 0].tolist()),
+        )
+
+    def _micro_batch(self, rows: list[Row]) -> _MicroBatch:
         whole = self._finish(stacked(rows))
         valid = whole.labels != IGNORE
         n_valid = int(np.count_nonzero(valid))
-        per_source = np.array([n_valid])
+        source_tokens = np.array([n_valid])
         if self.n_sources > 1:
-            per_source = np.bincount((whole.document_ids % self.n_sources)[valid], minlength=self.n_sources)
-        documents = np.unique(whole.document_ids.ravel()[document_starts(whole.document_ids)])
-        return StepData(
-            micro_batches=tuple(self._batch(whole, i, i + size) for i in range(0, len(rows), size)),
-            n_valid=n_valid,
-            n_tokens=valid.size,
-            n_bytes=int(whole.target_bytes.sum()),
-            source_tokens=per_source,
-            document_ids=tuple(int(document) for document in documents if document >= 0),
-        )
+            source_tokens = np.bincount((whole.document_ids % self.n_sources)[valid], minlength=self.n_sources)
+        documents = whole.document_ids.ravel()[document_starts(whole.document_ids)]
+        batch = Batch.of(whole, document_mask=self._document_mask, n_sources=self.n_sources)
+        return _MicroBatch(batch.pinned() if self._pin else batch, n_valid, int(whole.target_bytes.sum()), source_tokens, documents)
 
-    def _batch(self, rows: Row, start: int, end: int) -> Batch:
-        batch = Batch.of(rows, start, end, document_mask=self._document_mask, n_sources=self.n_sources)
-        return batch.pinned() if self._pin else batch
+
+class _MicroBatch(NamedTuple):
+    """A batch and what it adds to a step, as in ``StepData``."""
+
+    batch: Batch
+    n_valid: int
+    n_bytes: int
+    source_tokens: np.ndarray
+    documents: np.ndarray
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -291,7 +303,7 @@ def validation_batches(
 
     def batch(rows: list[Row]) -> Batch:
         whole = finish(stacked(rows), document_mask=document_mask, boundary_label=boundary_label, pad_id=pad_id)
-        return Batch.of(whole, 0, len(rows), document_mask=document_mask, n_sources=n_sources)
+        return Batch.of(whole, document_mask=document_mask, n_sources=n_sources)
 
     try:
         rows: list[Row] = []

@@ -22,7 +22,8 @@ from typing import Any
 import titanlm
 
 PACKAGES = (
-    "triton", "torchao", "torchdata", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "pyarrow", "fsspec", "zstandard", "brotli", "wandb", "tensorboard",
+    "triton", "torchao", "torchdata", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "pyarrow", "fsspec", "zstandard", "brotli",
+    "wandb", "tensorboard",
 )  # fmt: skip
 """Reported with their versions."""
 

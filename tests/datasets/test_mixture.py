@@ -40,7 +40,7 @@ def test_shares_are_of_tokens_at_any_time_whatever_the_lengths():
             total = sum(tokens.values())
             for number, share in enumerate((5 / 9, 3 / 9, 1 / 9)):
                 # The streams' offsets, and one document.
-                assert abs(tokens[number] - share * total) <= 8192 * share + 600
+                assert abs(tokens[number] - share * total) <= 2048 * share + 600
     assert [tokens[number] for number in range(3)] == mixture.state()["tokens"]
 
 

@@ -331,7 +331,8 @@ def test_only_columns_that_are_asked_for_are_read(tmp_path):
     write(path, pa.table({"score": [1], "text": ["a"], "rest": [[1]]}))
     SEEN.clear()
     epoch(tmp_path, filters=[Component.named("filter", "parquet_test_any")])
-    assert SEEN == [{"score": 1, "rest": [1], "text": "a", "source": f"{path} row group 0 row 0"}]
+    (seen,) = SEEN
+    assert seen == {"score": 1, "rest": [1], "text": "a", "source": f"{path} row group 0 row 0"}
 
 
 # ---------------------------------------------------------------- splits
@@ -458,3 +459,10 @@ def test_d8_a_giant_row_group_is_never_in_memory(tmp_path):
     documents, n_bytes, grown = measure("parquet", tmp_path / "giant.parquet")
     assert (documents, n_bytes) == (20_000, 400_000_000)
     assert grown < 150
+
+
+def test_benchmark_of_listing_runs():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "benchmarks/listing.py", "--files", "50", "--streams", "4"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.startswith("50 files, 4 streams: built in ")

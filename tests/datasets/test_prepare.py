@@ -303,9 +303,15 @@ def test_d6_data_without_documents_is_an_error(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_d11_data_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TitanError, match="'synthetic' gives no texts"):
-        prepare(request(tmp_path / "out", Component.named("dataset", "synthetic")))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_documents_that_are_tokens_already_are_written_as_they_are(tmp_path: Path, workers: int) -> None:
+    drawn = Component.named("dataset", "synthetic", documents=20, mean_tokens=30)
+    asked = request(tmp_path / "out", drawn, workers=workers)
+    prepare(asked)
+    shards = Component.named("dataset", "token_shards", paths=(str(tmp_path / "out" / "*_train_*.bin"),), shuffle=False)
+    runtime = {"tokenizer": asked.tokenizer, "split": "train", "stream": 0, "n_streams": 1, "seed": 0, "epochs": 1}
+    found, written = ([document.ids.tolist() for document in one.build(**runtime)] for one in (shards, drawn))
+    assert found == written
 
 
 @pytest.mark.parametrize("prefix", ["", "../x", "a/b", ".hidden", "val_bytes"])

@@ -315,3 +315,18 @@ def test_golf_scores_follow_from_the_published_counts() -> None:
     low, high = (bits_per_byte(mean * targets, n_bytes) for mean in (6.9286, 6.9320))
     assert (round(low, 4), round(high, 4)) == (4.1035, 4.1055)
     assert low < bits_per_byte(math.log(1024) * targets, n_bytes) < high
+
+
+def test_every_stream_has_documents_when_there_is_little_data(tmp_path: Path) -> None:
+    folder = files(tmp_path / "data", documents_of([list(range(5, 100))] * 1500, BOS), 2)
+    counts = [sum(1 for _ in stream(folder, number=number, n_streams=64)) for number in range(64)]
+    assert sum(counts) == 1500
+    assert min(counts) >= 5
+
+
+def test_d14_training_and_validation_shards_of_one_folder_are_told_apart_by_name(tmp_path: Path) -> None:
+    for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin"):
+        write(tmp_path / name, [1, 5, 6])
+    with pytest.raises(DataError, match=r"by their names, training and validation shards; keep them apart: paths = .*_train_\*\.bin"):
+        stream(tmp_path)
+    assert ids_of(stream(tmp_path / "*_train_*.bin")) == [[1, 5, 6]]

@@ -51,7 +51,7 @@ def batches(packer_name: str, text: Callable[[np.random.Generator], np.ndarray])
             ids = text(draw).astype(np.int32)
             packer.add(Document(ids, number, len(ids)), mark(np.ones(len(ids), dtype=np.int32)))
             number += 1
-        yield Batch.of(finish(stacked(rows), document_mask=True), 0, N_ROWS)
+        yield Batch.of(finish(stacked(rows), document_mask=True))
 
 
 def losses(packer_name: str, text: Callable[[np.random.Generator], np.ndarray], steps: int) -> tuple[list[float], list[float]]:

@@ -44,7 +44,7 @@ def packed(name: str, lengths: tuple[int, ...] = LENGTHS) -> Batch:
             rows.append(row)
     while (row := packer.flush(SEQ_LEN)) is not None:
         rows.append(row)
-    return Batch.of(finish(stacked(rows), document_mask=True), 0, len(rows))
+    return Batch.of(finish(stacked(rows), document_mask=True))
 
 
 def segments(batch: Batch) -> Iterator[tuple[int, slice]]:

@@ -75,17 +75,26 @@ class Files:
         mtimes: list[int] = []
         for entry in entries:
             url = entry if _URL.match(entry) else None
-            for name, size, mtime_ns, real in sorted(_remote(entry, key, suffixes) if url else _local(entry, key, suffixes)):
-                if real in self.by:
-                    by = f"by {shown(self.by[real])!r} and by {shown(entry)!r}"
-                    raise DataError(f"{key}: {_shown_name(name, url)} is named twice, {by}; every file may be read once only")
-                self.by[real] = entry
-                self._names.append(name)
-                self._urls.append(url)
-                sizes.append(size)
-                mtimes.append(mtime_ns)
+            found = sorted(_remote(entry, key, suffixes) if url else _local(entry, key, suffixes))
+            own = {real: entry for _, _, _, real in found}
+            if len(own) < len(found) or not self.by.keys().isdisjoint(own):
+                raise self._named_twice(found, entry, url)
+            self.by.update(own)
+            self._names += [name for name, _, _, _ in found]
+            self._urls += [url] * len(found)
+            sizes += [size for _, size, _, _ in found]
+            mtimes += [mtime_ns for _, _, mtime_ns, _ in found]
         self.sizes = np.array(sizes, dtype=np.int64)
         self._mtimes = np.array(mtimes, dtype=np.int64)
+
+    def _named_twice(self, found: list[_Found], entry: str, url: str | None) -> DataError:
+        by = dict(self.by)
+        for name, _, _, real in found:  # noqa: B007 - used behind the loop
+            if real in by:
+                break
+            by[real] = entry
+        entries = f"by {one_line(shown(by[real]))!r} and by {one_line(shown(entry))!r}"
+        return DataError(f"{self.key}: {_shown_name(name, url)} is named twice, {entries}; every file may be read once only")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -223,6 +232,17 @@ class Source(io.RawIOBase):
         try:
             return self._raw.read(size)
         except Exception as error:  # whatever the library of this protocol raises
+            self.error = DataError(f"{self._name} cannot be read: {_reason(error)}; try again")
+            raise self.error from None
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Of a local file, leaving alone the place where ``read`` goes on, which processes forked since it was opened share.
+
+        Raises DataError when the file cannot be read.
+        """
+        try:
+            return os.pread(self._raw.fileno(), size, offset)
+        except OSError as error:
             self.error = DataError(f"{self._name} cannot be read: {_reason(error)}; try again")
             raise self.error from None
 

@@ -112,7 +112,7 @@ class _Lines:
     def _parse(self, raw: bytes, first: bool) -> dict[str, Any]:
         """The row of a line, without its place. Raises ValueError that says what is wrong with it."""
         try:
-            decoded = raw.decode("utf-8")
+            decoded = raw.rstrip(b"\r\n").decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {error.start} is not UTF-8 ({error.reason})") from None
         try:
@@ -170,9 +170,7 @@ class JsonlRows(_Lines):
         self._files.check(file)
         if end - start > LINE_BYTES:
             raise UnreadableRow(f"{place}: longer than {LINE_BYTES >> 20} MiB")
-        source = self._open(file)
-        source.seek(start)
-        raw = source.read(end - start)
+        raw = self._open(file).read_at(start, end - start)
         try:
             return {**self._parse(raw, start == 0), "source": place}
         except ValueError as error:

@@ -24,7 +24,7 @@ from titanlm.constraints import NonNegativeInt, PositiveFloat
 from titanlm.errors import DataError
 from titanlm.registry import PYDANTIC_CONFIG, Component, Dataset, Slot, lookup
 
-OFFSET_TOKENS = 8192
+OFFSET_TOKENS = 2048
 """How far apart the sources of a stream may start."""
 
 

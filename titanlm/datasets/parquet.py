@@ -207,6 +207,8 @@ class _File:
 
     def rows(self, group: int, start: int, end: int) -> Iterator[Mapping[str, Any] | Unreadable]:
         """Rows of a row group; numbers count from its beginning."""
+        if start >= end:
+            return
         self._check()
         place = f"{self._name} row group {group}"
         # From the group's beginning, wherever `start` is: batches, and so what a damaged page takes along, are always the same.

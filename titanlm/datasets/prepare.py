@@ -35,7 +35,7 @@ from titanlm.datasets.shard_file import HEADER_BYTES, MANIFEST, SIDECAR, TEMPORA
 from titanlm.datasets.tokenising import Batch, tokenised
 from titanlm.errors import DataError, TitanError
 from titanlm.interrupts import Interrupted, Interrupts
-from titanlm.registry import Component, Tokenizer
+from titanlm.registry import Component, Tokenizer, lookup
 from titanlm.runs import write_atomic
 from titanlm.tokenizers.fingerprint import difference
 from titanlm.tokenizers.opening import open_tokenizer
@@ -419,10 +419,26 @@ def _open(label: str, component: Component, request: Request) -> Any:
     if any(one.name == "shuffle" for one in dataclasses.fields(config)):
         config = dataclasses.replace(config, shuffle=False)
     runtime: dict[str, Any] = {"tokenizer": request.tokenizer, "split": request.read_split, "on_error": request.on_error}
+    if request.read_split == "train" and "epochs" not in lookup("dataset", component.name).runtime:
+        raise TitanError(f"{label}: dataset {component.name!r} knows no end (its factory does not ask for `epochs`), so it cannot be written down")
     dataset = Component("dataset", component.name, config).build(stream=0, n_streams=1, seed=0, epochs=1, **runtime)
-    if not (hasattr(dataset, "next_text") and hasattr(dataset, "tokenise")):
-        raise TitanError(f"{label}: dataset {component.name!r} gives no texts (it has no `next_text`), so there is nothing to tokenise")
-    return dataset
+    return dataset if hasattr(dataset, "next_text") and hasattr(dataset, "tokenise") else _Ready(dataset)
+
+
+class _Ready:
+    """A dataset of documents that are tokens already, handed through as texts are."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self.fingerprint, self.state, self.restore = dataset.fingerprint, dataset.state, dataset.restore
+        self.n_rows = getattr(dataset, "n_rows", None)
+
+    def next_text(self) -> tuple[dict[str, Any], int]:
+        document = next(self._dataset)
+        return {"text": "", "document": document}, document.document_id
+
+    def tokenise(self, item: dict[str, Any], document_id: int) -> Any:
+        return item["document"]
 
 
 # ---------------------------------------------------------------- surroundings

@@ -54,6 +54,9 @@ _ENOUGH = 100_000
 _RUN = 4096
 """Separators in a row that still are documents."""
 _OPEN_FILES = 64
+_SLICES_A_STREAM = 4
+_SMALLEST = 1024
+"""Tokens of a slice, however little data there is."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ class TokenShards:
         if not 0 <= stream < n_streams:
             raise DataError(f"stream {stream} of {n_streams} does not exist: streams are numbered from 0")
         listing = replace(config, shuffle=True)
-        key = ("token_shards", Path.cwd(), listing, split, tokenizer.fingerprint)
-        self._sequence: _Sequence = shared(key, lambda: _Sequence(listing, split, tokenizer))
+        key = ("token_shards", Path.cwd(), listing, split, tokenizer.fingerprint, n_streams)
+        self._sequence: _Sequence = shared(key, lambda: _Sequence(listing, split, tokenizer, n_streams))
         self.fingerprint = self._sequence.fingerprint
         self._n_slices = len(self._sequence.slices)
         self._epochs = epochs if split == "train" else 1
@@ -167,11 +170,12 @@ class _Slice:
 class _Sequence:
     """The tokens of a split's files as one sequence, read by global position; shared by all streams of a process."""
 
-    def __init__(self, config: TokenShardsConfig, split: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: TokenShardsConfig, split: str, tokenizer: Tokenizer, n_streams: int) -> None:
         self.name = "dataset 'token_shards'"
         train, validation = expand(config.paths, "dataset.paths"), expand(config.validation_paths, "dataset.validation_paths")
         if both := set(train) & set(validation):
             raise DataError(f"{self.name}: {min(both)} is in dataset.paths and in dataset.validation_paths; a file can be in one only")
+        _require_one_split(train)
         own, other = (train, validation) if split == "train" else (validation, train)
         if not own:
             what = "training data; set dataset.paths" if split == "train" else "validation data; set dataset.validation_paths"
@@ -189,13 +193,17 @@ class _Sequence:
         rows = np.cumsum([0, *fresh])
         self._row_begins = self._begins[np.searchsorted(rows, rows, side="left")]
         self._row_ends = self._ends[np.searchsorted(rows, rows, side="right") - 1]
+        n_tokens = config.slice_tokens
+        if self._bos is not None or self._eos is not None:
+            # Little data: small slices, so that no stream is without. Where slices are the documents they are what the user says.
+            n_tokens = min(n_tokens, max(_SMALLEST, int(self._ends[-1]) // (_SLICES_A_STREAM * n_streams)))
         self.slices = [
-            (file, int(start), min(int(start) + config.slice_tokens, int(end)))
+            (file, int(start), min(int(start) + n_tokens, int(end)))
             for file, (begin, end) in enumerate(zip(self._begins, self._ends))
-            for start in range(begin, end, config.slice_tokens)
+            for start in range(begin, end, n_tokens)
         ]
         content = [(shard.path.name, shard.n_tokens, shard.dtype.str, shard.head_digest) for shard in self.shards]
-        self.fingerprint = f"token_shards: {hashlib.sha256(repr((split, config.slice_tokens, content)).encode()).hexdigest()}"
+        self.fingerprint = f"token_shards: {hashlib.sha256(repr((split, n_tokens, content)).encode()).hexdigest()}"
         for file in np.flatnonzero(self._row_begins == self._begins):
             self._require_convention(int(file))
 
@@ -347,6 +355,15 @@ class _Sequence:
             parts.append(self._tokens(file)[offset : offset + end - start])
             start += len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, dtype=np.uint16)])
+
+
+def _require_one_split(paths: Sequence[Path]) -> None:
+    """Raises DataError for training and validation shards in one list: a folder holds both when it was downloaded or prepared whole."""
+    train = next((path for path in paths if "_train_" in path.name), None)
+    validation = next((path for path in paths if "_val_" in path.name or "_validation_" in path.name), None)
+    if train and validation:
+        remedy = f'paths = ["{train.parent}/*_train_*.bin"], validation_paths = ["{validation.parent}/*_val*.bin"]'
+        raise DataError(f"dataset.paths: {train.name} and {validation.name} are, by their names, training and validation shards; keep them apart: {remedy}")
 
 
 def _continues(before: Path, path: Path) -> bool:
