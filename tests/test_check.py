@@ -172,3 +172,17 @@ def test_h7_a_check_looks_at_no_url_and_a_run_does(tiny: Path) -> None:
     assert not [line for line in check(load(tiny, remote), network=True).warnings if "not looked at" in line]
     (problem,) = check(load(tiny, ['--dataset={name="jsonl",paths=["memory://check/none.jsonl"]}', "--validation=[]"]), network=True).problems
     assert "memory://check/none.jsonl" in problem
+
+
+def test_d14_a_validation_file_that_is_trained_on_is_refused(tiny: Path) -> None:
+    corpus = tiny.with_name("corpus.txt")
+    other = tiny.with_name("other.txt")
+    other.write_text("another text", encoding="utf-8")
+    (tiny.parent / "folder").mkdir()
+    (tiny.parent / "folder" / "link.txt").symlink_to(corpus)
+    validation = f'--validation=[{{file="{corpus}"}}]'
+    for paths in ([corpus], [tiny.parent], [tiny.with_name("*.txt")], [tiny.parent / "folder" / "*.txt"]):
+        text = ", ".join(f'"{path}"' for path in paths)
+        found = check(load(tiny, [validation, f"--dataset.paths=[{text}]", '--dataset.errors="replace"'])).problems
+        assert [problem for problem in found if problem.startswith("validation.0.file: ") and "is training data too" in problem]
+    assert not check(load(tiny, [f'--validation=[{{file="{other}"}}]'])).problems

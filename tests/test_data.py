@@ -189,7 +189,7 @@ def test_validation_repeats_itself_and_stops_where_told(folder):
 
 def test_validation_without_text_is_an_error(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n ")
-    with pytest.raises(DataError, match="validation data has no text"):
+    with pytest.raises(DataError, match="no text to score"):
         list(validation_batches(streams_of(tmp_path, 2, split="validation"), 8, 2))
 
 
@@ -385,7 +385,7 @@ def test_streams_that_end_are_padded_until_all_have(folder, workers):
             read_on()
         except DataEnded as error:
             ended = error
-    assert "as often as data.epochs says" in str(ended)
+    assert "as often as `epochs` says" in str(ended)
     state = loader.state()
     loader.close()
     labels = sorted(len(text.encode()) + 1 for text in corpus() if text.strip())
@@ -492,11 +492,53 @@ def test_d13_a_killed_worker_is_an_error_within_ten_seconds_and_no_hang(folder):
     before = loader.state()
     os.kill(loader._rows._engine.processes[0].pid, signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(DataError, match=r"data worker \d+ has died .*start again"):
+    with pytest.raises(DataError, match=r"data worker \d+ \(exit code -9\) has died; start again"):
         take(loader, 10_000)
     assert time.monotonic() - started < 10
     assert loader.state()["row"] >= before["row"]
     loader.close()
+
+
+def test_d13_workers_end_when_the_trainer_is_killed(folder):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        loader = Loader(streams_of(folder, 4), workers=2)
+        take(loader, 1)
+        os.write(writer, " ".join(str(process.pid) for process in loader._rows._engine.processes).encode())
+        time.sleep(60)
+        os._exit(1)
+    workers = os.read(reader, 100).decode().split()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 20
+    while any(running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(workers) == 2
+
+
+def running(process: str) -> bool:
+    """False for one that is gone, or dead and not yet waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_counts_are_of_the_last_row_whoever_makes_rows(folder):
+    def run(workers):
+        loader = Loader(streams_of(folder, 4), workers=workers)
+        take(loader, 5)
+        state = through_json(loader.state())
+        loader.close()
+        again = Loader(streams_of(folder, 4), prefetch=0)
+        again.restore(state)
+        return loader.counts(), again.counts()
+
+    (straight, resumed), (from_workers, resumed_workers) = run(0), run(2)
+    assert straight == resumed == from_workers == resumed_workers
+    assert straight["documents"] > 0
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])

@@ -12,6 +12,7 @@ from titanlm.checkpoint import load as load_checkpoint
 from titanlm.checkpoint import steps
 from titanlm.cli import main
 from titanlm.config import load
+from titanlm.data_state import start_state
 from titanlm.stream import streams_of
 from titanlm.train import Trainer
 
@@ -103,7 +104,51 @@ def test_what_is_no_state_is_refused(tiny: Path, capsys: pytest.CaptureFixture[s
 def test_a_start_of_other_data_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tiny, "--train.steps=1", "--validation=[]")
     assert main(["train", str(tiny), f"--data.start={run}", "--run.name=other", "--dataset.validation_fraction=0.2"]) == 2
-    assert "is a state of another dataset" in capsys.readouterr().err
+    assert "the dataset is another" in capsys.readouterr().err
+    # The same files read in another order: the places would mean other rows.
+    for change, said in (("--train.seed=7", "train.seed: 42 → 7"), ("--dataset.shuffle=false", "'shuffle': False"), ("--packer=none", "'name': 'none'")):
+        assert main(["train", str(tiny), f"--data.start={run}", "--run.name=other", change]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_an_exact_state_is_not_imported_as_a_record(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = train(tiny, "--train.steps=1", "--validation=[]"), tiny.with_name("exact.json")
+    assert main(["data", "state", str(run), "--output", str(file)]) == 0
+    assert main(["data", "state", "--import", str(file), "--output", str(tiny.with_name("start.json"))]) == 2
+    assert "holds an exact state" in capsys.readouterr().err
+
+
+def test_a_state_saved_by_a_run_with_workers_is_shown_and_handed_on_as_any(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for name, workers in (("alone", 0), ("together", 2)):
+        run, file = train(tiny, "--train.steps=5", "--validation=[]", f"--run.name={name}", f"--data.workers={workers}"), tiny.with_name(f"{name}.json")
+        capsys.readouterr()
+        assert main(["data", "state", str(run)]) == 0
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert main(["data", "state", str(run), "--output", str(file)]) == 0
+        shown.append((lines, json.loads(file.read_text())))
+    assert shown[0] == shown[1]
+
+
+def test_a_record_counts_files_of_parquet_however_they_are_cut(tiny: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for number in range(3):
+        table = pa.table({"text": [f"file {number} row {row}" for row in range(100)]})
+        pq.write_table(table, tmp_path / f"part-{number}.parquet", row_group_size=10)
+    record = tmp_path / "theirs.json"
+    record.write_text(json.dumps({**RECORD, "consumed_samples": 200, "consumed_shards": 2, "rows_per_shard": 100}))
+    for n_streams in (1, 2, 3, 4, 64):  # files, row groups and ranges of rows
+        dataset = f'--dataset={{name="parquet",paths=["{tmp_path}/*.parquet"],shuffle=false}}'
+        config = load(tiny, [dataset, "--validation=[]", f"--data.n_streams={n_streams}", f"--data.start={record}", "--data.epochs=1"])
+        tokenizer = config.tokenizer.build()
+        streams = streams_of(config, tokenizer, seq_len=48)
+        state = start_state(config, streams, {})
+        for number, stream in enumerate(streams):
+            stream.restore(state["streams"][str(number)])
+        texts = [tokenizer.decode(document.ids) for stream in streams for document in stream.dataset]
+        assert sorted(texts) == sorted(f"file 2 row {row}" for row in range(100))
 
 
 def test_c19_the_best_checkpoint_survives_rotation_and_resume(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +182,7 @@ def test_each_validation_set_has_its_own_cadence(tiny: Path) -> None:
 def test_a_run_ends_with_its_data_and_keeps_what_it_learnt(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tiny, "--train.steps=500", "--data.epochs=1", "--dataset.max_bytes=40", "--train.global_batch=32", "--train.log_every=10", "--packer=best_fit")
     shown = capsys.readouterr().out
-    end = int(re.search(r"as often as data\.epochs says: training ends at step (\d+) of 500", shown)[1])
+    end = int(re.search(r"as often as `epochs` says: training ends at step (\d+) of 500", shown)[1])
     assert 0 < end < 500
     assert steps(run / "checkpoints")[-1][0] == end
     assert (run / "finished.json").exists()

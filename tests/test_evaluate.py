@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def test_a_set_may_have_its_own_file_length_and_batch(tiny: Path, tmp_path: Path
     assert bytes(labels[(labels >= 0) & (labels < 256)].tolist()) == b"one short text"
     assert {tuple(batch.tokens.shape) for batch in batches} == {(2, 5)}
     assert torch.equal(torch.cat([batch.tokens for batch in entry.batches()]), torch.cat([batch.tokens for batch in batches]))
-    with pytest.raises(ConfigError, match=r"validation\.0\.file: .*\.csv' ends in none of \.parquet, \.jsonl, \.txt, \.bin"):
+    with pytest.raises(ConfigError, match=r"validation\.0\.file: .*\.csv' ends in none of \.parquet, \.jsonl, \.jsonl\.gz, \.txt, \.bin"):
         load(tiny, ['--validation=[{file="x.csv"}]'])
     with pytest.raises(ConfigError, match=r"validation\.0\.file: excludes `dataset`"):
         load(tiny, ['--validation=[{file="x.txt",dataset="python_stdlib"}]'])
@@ -274,3 +275,23 @@ def test_several_sets(tiny: Path) -> None:
     assert list(results) == ["held out", "seen"]
     assert results["held out"]["loss"] != results["seen"]["loss"]
     assert evaluate_target(run).count("\n") == 2
+
+
+def test_how_far_counted_bytes_are_from_the_text_is_never_hidden(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import sentencepiece
+
+    words = tiny.with_name("corpus.txt").read_text(encoding="utf-8")
+    model = tiny.with_name("nmt.model")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words.split("\n\n")), model_prefix=str(model.with_suffix("")), vocab_size=340, byte_fallback=True, minloglevel=2
+    )
+    file = tiny.with_name("held_out.txt")
+    file.write_text("two  spaces and the ﬁ ligature  ", encoding="utf-8")
+    settings = [f'--tokenizer={{name="sentencepiece",path="{model}"}}', f'--validation=[{{name="own",file="{file}"}}]']
+    run = trained(tiny, *settings, steps=1).folder.path
+    said = r"own: bits per byte counts [-+]\d+ bytes \([-+]\d+\.\d\d%\) against the text: the tokenizer does not round-trip"
+    assert re.search(said, capsys.readouterr().out)
+    assert re.search(said, evaluate_target(run))
+    scored = json.loads(evaluate_target(run, as_json=True))["validation"]["own"]
+    assert scored["text_bytes"] == len(file.read_bytes())
+    assert scored["bytes"] == scored["text_bytes"] - scored["uncounted_bytes"] != scored["text_bytes"]

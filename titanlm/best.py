@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,15 @@ class Best:
     @classmethod
     def stored(cls, folder: Path) -> Best:
         """What a run folder says, by whatever metric."""
+        path = folder / "best.json"
         try:
-            stored = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
             return cls(folder, str(stored["metric"]), float(stored["value"]), int(stored["step"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            return cls(folder, "")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"WARNING: {path} is damaged ({error!r}); which checkpoint was best is forgotten", file=sys.stderr)
+        return cls(folder, "")
 
     @classmethod
     def read(cls, folder: Path, metric: str) -> Best:

@@ -7,13 +7,16 @@ check`` prints what it finds, and the trainer runs it first.
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from titanlm.config import RunConfig
+from titanlm.config import RunConfig, Validation
 from titanlm.datasets.files import OfflineError, offline
 from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
@@ -140,6 +143,9 @@ def _check_data(config: RunConfig, report: Report) -> None:
         if entry.dataset is None and entry.file is None and entry.split == "validation":
             own = "data.source" if data.source else "dataset"
         report.attempt(own, partial(lambda entry: first_row(open_set(entry, config, tokenizer), entry.name), entry))
+        if trained := _trained_on(config, entry):
+            where = "file" if entry.file is not None else "dataset.validation_paths"
+            report.problems.append(f"validation.{index}.{where}: {trained} is training data too; a score on it would say nothing")
     if data.workers > data.n_streams:
         report.warnings.append(f"data.workers: {data.workers} processes, but data.n_streams is {data.n_streams}; so many work")
     if config.train.sample_every:
@@ -151,6 +157,23 @@ def _check_data(config: RunConfig, report: Report) -> None:
     world = report.attempt("parallel", World.from_environment)
     if world is not None and config.data.n_streams % world.size:
         report.problems.append(f"data.n_streams: {config.data.n_streams} streams cannot be shared out evenly among {world.size} ranks")
+
+
+def _trained_on(config: RunConfig, entry: Validation) -> str | None:
+    """A file of a validation set that the paths of the training data lead to as well. By name only: `titanlm data inspect --overlap` compares texts."""
+    own = (entry.file,) if entry.file is not None else getattr(getattr(entry.dataset, "config", None), "validation_paths", ())
+    held_out = {os.path.realpath(os.path.expanduser(path)): path for path in own if "://" not in path}
+    for source in config.sources:
+        for path in getattr(source.dataset.config, "paths", ()):
+            if "://" in path:
+                continue
+            path = os.path.expanduser(path)
+            for found in [path] if os.path.exists(path) else glob.glob(path, recursive=True):
+                real = os.path.realpath(found)
+                for file, said in held_out.items():
+                    if file == real or (os.path.isdir(real) and Path(real) in Path(file).parents):
+                        return said
+    return None
 
 
 def build_model(config: RunConfig, tokenizer: Any) -> Any:

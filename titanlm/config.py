@@ -141,7 +141,7 @@ class Validation:
     dataset: Annotated[Component, Slot("dataset")] | None = None
     """None: the run's own dataset, or its sources one after the other."""
     file: str | None = None
-    """Short for a dataset that is all of one file, chosen by its end: .parquet, .jsonl, .txt or .bin."""
+    """Short for a dataset that is all of one file, chosen by its end: .parquet, .jsonl, .jsonl.gz, .txt or .bin."""
     split: Literal["train", "validation"] = "validation"
     max_tokens: NonNegativeInt = 0
     """Stop after so many positions; 0 scores the whole split."""
@@ -170,7 +170,7 @@ class Profile:
     steps: PositiveInt = 3
 
 
-FILE_DATASETS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "text", ".bin": "token_shards"}
+FILE_DATASETS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".txt": "text", ".bin": "token_shards"}
 """What reads a file that stands alone, by its end."""
 
 DEFAULTS = {

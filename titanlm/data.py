@@ -37,7 +37,7 @@ from titanlm.batch import IGNORE, Batch, Row, padding, stacked
 from titanlm.errors import DataError
 from titanlm.packers.boundaries import BoundaryLabel, document_starts, finish
 from titanlm.progress import Phase
-from titanlm.stream import Stream
+from titanlm.stream import Stream, counts_of
 from titanlm.workers import InProcess, RowSource, Workers
 
 
@@ -164,7 +164,7 @@ class Loader:
         if missing:
             raise DataError(f"the state to resume lacks the data streams {missing}; it must hold those of every rank")
         states = {number: state["streams"][str(number)] for number in own}
-        mark = _Mark(int(state["row"]), states, {number: dict(one.get("counts", {})) for number, one in states.items()})
+        mark = _Mark(int(state["row"]), states, {number: counts_of(one) for number, one in states.items()})
         previous, self._handed = self._handed, mark
         try:
             self._rewind()
@@ -219,7 +219,7 @@ class Loader:
             touched[number] = None
             rows.append(self._rows.next_row(number, phase.seq_len))
         if all(row is None for row in rows):
-            raise DataEnded("the training data has been read as often as data.epochs says")
+            raise DataEnded("the training data has been read as often as `epochs` says")
         self._built = _Mark(
             end,
             {**self._built.states, **{number: self._rows.state(number) for number in touched}},
@@ -292,7 +292,7 @@ def validation_batches(
     Batches are (micro_batch, seq_len); the last row of a stream and the last
     batch are padded with labels of −100. Stops after ``max_tokens`` positions,
     rounded down to whole rows but to one at least; 0 scores everything. The
-    streams are left as they were.
+    streams are left as they were, but for ``passed``.
 
     Raises DataError when there is not one row.
     """
@@ -317,11 +317,12 @@ def validation_batches(
             if n_rows == limit:
                 break
         if not n_rows:
-            raise DataError("the validation data has no text: every row is empty, unreadable or refused by dataset.filter")
+            raise DataError("there is no text to score: every row is empty, unreadable or refused by dataset.filter")
         if rows:
             yield batch(rows + [padding(seq_len)] * (micro_batch - len(rows)))
     finally:
         for stream, state in zip(streams, states, strict=True):
+            stream.passed = {name: n - state["counts"][name] for name, n in stream.counts.items()}
             stream.restore(state)
 
 

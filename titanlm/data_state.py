@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from titanlm import checkpoint
-from titanlm.config import RunConfig, loads
+from titanlm.config import RunConfig, loads, to_tables
 from titanlm.errors import DataError
 from titanlm.runs import write_atomic
-from titanlm.stream import Stream
+from titanlm.stream import Stream, streams_of
 
 MAX_BYTES = 1 << 30
 RECORD = ("global_step", "consumed_samples", "consumed_shards", "rows_per_shard", "seed")
@@ -94,7 +95,7 @@ def export_state(run: Path, output: Path) -> str:
     """Write record and exact state of a run's newest checkpoint; says what was written."""
     folder, state, config = _of_run(run)
     record = record_of(state, config)
-    write_atomic(output, json.dumps({**record, "titanlm": {"data": _plain(state["data"]), "fingerprints": state["fingerprints"]}}))
+    write_atomic(output, json.dumps({**record, "titanlm": {"data": _plain(state["data"]), "fingerprints": state["fingerprints"], "order": order_of(config)}}))
     numbers = ", ".join(f"{name} {value:,}" for name, value in record.items())
     return f'{output}: {numbers}; with the exact state of {folder.name}, for data.start = "{output}"'
 
@@ -106,8 +107,10 @@ def import_record(file: Path, output: Path, trust: Literal["samples", "shards"] 
     Raises DataError when its counts contradict one another and ``trust`` does
     not say which is right.
     """
-    shards, rows = _skipped(_read(file), file, trust)
     stored = _read(file)
+    if "titanlm" in stored:
+        raise DataError(f'{file}: holds an exact state, which an import would throw away; name it as it is: data.start = "{file}"')
+    shards, rows = _skipped(stored, file, trust)
     per_shard = stored["rows_per_shard"]
     fixed = {name: stored[name] for name in RECORD} | {"consumed_shards": shards, "consumed_samples": shards * per_shard + rows, "trusted": trust or "both"}
     write_atomic(output, json.dumps(fixed))
@@ -123,25 +126,45 @@ def start_state(config: RunConfig, streams: Sequence[Stream], fingerprints: Mapp
     """
     path = Path(config.data.start).expanduser()
     if path.is_dir():
-        folder, state, _ = _of_run(path)
-        return _same(state["data"], state["fingerprints"], fingerprints, folder)
+        folder, state, other = _of_run(path)
+        _require_same(state["fingerprints"], fingerprints, order_of(other), config, folder)
+        return state["data"]
     stored = _read(path)
     if "titanlm" in stored:
         exact = stored["titanlm"]
-        return _same(_back(exact["data"]), exact["fingerprints"], fingerprints, path)
+        try:
+            _require_same(exact["fingerprints"], fingerprints, exact["order"], config, path)
+            return _back(exact["data"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: its exact state is damaged ({error!r}); write it again with `titanlm data state RUN --output`") from error
     shards, rows = _skipped(stored, path, None)
     for stream in streams:
         skip = getattr(stream.dataset, "skip", None)
         if skip is None:
             raise DataError(f"data.start: {path} counts shards and rows, which this dataset cannot skip; name a checkpoint or an exported state")
-        skip(shards, rows)
+        skip(shards, rows, stored["rows_per_shard"])
     return {"n_streams": len(streams), "row": 0, "streams": {str(number): stream.state() for number, stream in enumerate(streams)}}
 
 
-def _same(data: dict[str, Any], saved: Mapping[str, str], now: Mapping[str, str], source: Path) -> dict[str, Any]:
-    if changed := [what for what in ("dataset", "tokenizer") if saved.get(what) != now[what]]:
-        raise DataError(f"data.start: {source} is a state of another {' and another '.join(changed)}; its places mean nothing here")
-    return data
+def order_of(config: RunConfig) -> dict[str, Any]:
+    """What of a config decides which rows come when, beside the data itself; where the files lie does not."""
+    tables = {
+        "train.seed": config.train.seed,
+        "packer": to_tables(config.packer),
+        "sources": [to_tables(replace(source, name=source.label, epochs=0)) for source in config.sources],
+    }
+    for source in tables["sources"]:
+        for key in ("paths", "validation_paths"):
+            source["dataset"].pop(key, None)
+    return json.loads(json.dumps(tables))
+
+
+def _require_same(saved: Mapping[str, str], now: Mapping[str, str], order: Mapping[str, Any], config: RunConfig, source: Path) -> None:
+    """Raises DataError when a state's places would mean other rows here."""
+    changed = [f"the {what} is another" for what in ("dataset", "tokenizer") if saved[what] != now[what]]
+    changed += [f"{key}: {order.get(key)!r} → {value!r}" for key, value in order_of(config).items() if order.get(key) != value]
+    if changed:
+        raise DataError(f"data.start: {source}: its places mean nothing here:\n  " + "\n  ".join(changed))
 
 
 def _skipped(record: Mapping[str, Any], source: Path, trust: str | None) -> tuple[int, int]:
@@ -178,7 +201,15 @@ def _of_run(run: Path) -> tuple[Path, dict[str, Any], RunConfig]:
 
     folder = find_checkpoint(run)
     state, text = checkpoint.load(folder)
-    return folder, state, loads(text, f"{folder}/config.toml")
+    config = loads(text, f"{folder}/config.toml")
+    behind = {number: stream for number, stream in state["data"]["streams"].items() if "replay" in stream}
+    if behind:  # saved by a run with workers: some rows before where it stood
+        longest = max(stream["replay"]["seq_len"] for stream in behind.values())
+        numbers = [int(number) for number in behind]
+        for number, stream in zip(behind, streams_of(config, config.tokenizer.build(), seq_len=longest, only=numbers)):
+            stream.restore(behind[number])
+            state["data"]["streams"][number] = stream.state()
+    return folder, state, config
 
 
 def _of_source(dataset: Mapping[str, Any], index: int) -> Mapping[str, Any]:

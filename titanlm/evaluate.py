@@ -38,6 +38,10 @@ class Scores:
     n_bytes: int
     nll: float
     """Summed, nats."""
+    text_bytes: int = 0
+    """UTF-8 length of the texts that were read; 0 where only tokens are known."""
+    uncounted_bytes: int = 0
+    """How much of it the tokens do not stand for, because the tokenizer changes text; may be negative."""
 
     @property
     def perplexity(self) -> float:
@@ -46,6 +50,14 @@ class Scores:
     @property
     def bits_per_byte(self) -> float:
         return bits_per_byte(self.nll, self.n_bytes) if self.n_bytes else math.nan
+
+    @property
+    def difference(self) -> str:
+        """How far the counted bytes are from the text's, or nothing: a tokenizer that normalises is scored by its pieces, and that is never hidden."""
+        if not self.uncounted_bytes:
+            return ""
+        share = self.uncounted_bytes / max(1, self.text_bytes)
+        return f"bits per byte counts {-self.uncounted_bytes:+,} bytes ({-share:+.2%}) against the text: the tokenizer does not round-trip"
 
     def metrics(self, head: str, prefix: str = "") -> dict[str, float]:
         return {f"{head}/{prefix}{name}": getattr(self, name) for name in SCORES}
@@ -123,7 +135,8 @@ def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callabl
     if not n_tokens:
         raise DataError(f"validation set {entry.name!r}: its text has no token that follows another, so there is nothing to score")
     total = float(nll)
-    return Scores(loss=total / n_tokens, n_tokens=n_tokens, n_bytes=n_bytes, nll=total)
+    passed = entry.stream.passed
+    return Scores(total / n_tokens, n_tokens, n_bytes, total, passed["text_bytes"], passed["uncounted_bytes"])
 
 
 def evaluate_target(
@@ -145,7 +158,8 @@ def evaluate_target(
     from titanlm.targets import open_target
 
     opened = open_target(target, overrides=overrides, imports=imports, device=device, averaged=averaged, step=step)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    differences: dict[str, str] = {}
     for entry in opened.config.validation:
         scores = score(opened.module, ValidationSet.build(entry, opened.config, opened.tokenizer), opened.device)
         results[entry.name] = {
@@ -154,7 +168,10 @@ def evaluate_target(
             "bits_per_byte": scores.bits_per_byte,
             "tokens": scores.n_tokens,
             "bytes": scores.n_bytes,
+            "text_bytes": scores.text_bytes,
+            "uncounted_bytes": scores.uncounted_bytes,
         }
+        differences[entry.name] = scores.difference
     if as_json:
         # JSON has no nan: a number that is not finite is null.
         numbers = {name: {key: value if math.isfinite(value) else None for key, value in values.items()} for name, values in results.items()}
@@ -165,4 +182,6 @@ def evaluate_target(
             f"  {name}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.3f}  bits per byte {values['bits_per_byte']:.4f}"
             f"  ({values['tokens']:,} tokens, {values['bytes']:,} bytes)"
         )
+        if differences[name]:
+            lines.append(f"  {name}: {differences[name]}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ resolves many rows at once, when a step is put together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,9 @@ class Stream:
         self._dataset, self._packer, self._tokenizer = dataset, packer, tokenizer
         self.counts = {"documents": 0, "text_bytes": 0, "uncounted_bytes": 0, "unreadable": 0}
         """Documents read, the UTF-8 length of their texts, how much of it their tokens do not account for (may be negative); rows passed over as unreadable."""
+
+        self.passed: dict[str, int] = {}
+        """What the last pass over a validation split read, as ``counts``."""
 
     @property
     def fingerprint(self) -> str:
@@ -99,6 +102,11 @@ class Stream:
             self.counts["text_bytes"] += document.n_bytes
             self.counts["uncounted_bytes"] += missing
         return target_bytes
+
+
+def counts_of(state: Mapping[str, Any]) -> dict[str, int]:
+    """``Stream.counts`` where a state stands, behind the rows that it leaves to be made again."""
+    return dict(state.get("replay", state).get("counts", {}))
 
 
 def build_streams(

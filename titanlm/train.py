@@ -317,12 +317,14 @@ class Trainer:
         self.loggers.message(f"{why}: training ends at step {self.progress.step} of {self.config.train.steps}")
         self.save()
 
-    def _save_or_warn(self) -> None:
-        """A full disk in the middle of a run is no reason to end it; the next save may work."""
+    def _save_or_warn(self) -> bool:
+        """Whether there is a checkpoint now. A full disk in the middle of a run is no reason to end it; the next save may work."""
         try:
             self.save()
         except CheckpointError as error:
             self.loggers.message(f"WARNING: {error}; training goes on without it")
+            return False
+        return True
 
     def _finish(self) -> None:
         """The last validation, once: a run killed in it makes up for it when it is started again."""
@@ -372,21 +374,20 @@ class Trainer:
         """Score sets with the raw weights and, where there is an averager, the averaged ones."""
         self.guard.check()
         metrics: dict[str, float] = {}
+        differences = []
         with self.meter.pause():
             for entry in sets:
-                metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}")
+                scores = score(self.module, entry, self.device, self.interrupts.check)
+                metrics |= scores.metrics(f"validation/{entry.name}")
+                differences += [f"{entry.name}: {scores.difference}"] if scores.difference else []
                 for averager in self.averagers:
                     with averager.swap():
                         metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}", "averaged_")
         if metrics:
             self.loggers.log(self.progress.step, metrics)
-        counts = self.loader.counts()
-        if missing := counts["uncounted_bytes"]:
-            # A tokenizer that normalises is scored by its pieces; by how much that differs is never hidden.
-            share = missing / max(1, counts["text_bytes"])
-            self.loggers.message(f"bits per byte counts {-missing:+,} bytes ({-share:+.2%}) against the text read so far: the tokenizer does not round-trip")
-        if self.best.beaten_by(metrics):
-            self.save()
+        for difference in differences:
+            self.loggers.message(difference)
+        if self.best.beaten_by(metrics) and self._save_or_warn():
             self.best = self.best.now(metrics, self.progress.step)
             self.loggers.message(f"best {self.best.metric} so far, {self.best.value:.4f}: step {self.progress.step} is kept")
         return metrics

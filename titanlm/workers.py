@@ -15,27 +15,30 @@ that have fewer would run ahead without end.
 
 Workers are forked, so streams built from components of any module are there.
 They ignore SIGINT and SIGTERM, which reach the whole process group: the
-trainer decides what ends, saves, and stops them.
+trainer decides what ends, saves, and stops them. When it is gone they end too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import threading
+import time
 import traceback
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from titanlm.batch import Row
 from titanlm.errors import DataError, TitanError
-from titanlm.stream import Stream
+from titanlm.stream import Stream, counts_of
 
 BLOCK_TOKENS = 32768
 
@@ -174,11 +177,11 @@ class Workers:
         if number not in self._before:
             return self._states[number]
         block, taken = self._before[number]
-        return {**block.state, "replay": {"rows": taken, "seq_len": self._seq_len}}
+        return {**block.state, "replay": {"rows": taken, "seq_len": self._seq_len, "counts": block.counts[taken - 1]}}
 
     def counts(self, number: int) -> dict[str, int]:
         if number not in self._before:
-            return self._states[number]["counts"]
+            return counts_of(self._states[number])
         block, taken = self._before[number]
         return block.counts[taken - 1]
 
@@ -219,8 +222,8 @@ class _Engine:
                     continue
             dead = self._dead()
             if dead and not isinstance(said, _Block):
-                why = "killed, perhaps for want of memory: use fewer data.workers, or 0"
-                raise DataError(f"data worker {dead} has died ({why}); start again to go on from the last checkpoint")
+                remedy = "if it was killed for want of memory, use fewer data.workers, or 0"
+                raise DataError(f"data worker {dead} has died; start again to go on from the last checkpoint ({remedy})")
             if isinstance(said, BaseException):
                 raise said
             return said
@@ -230,7 +233,7 @@ class _Engine:
         self._kill()
 
     def _dead(self) -> str:
-        return ", ".join(str(process.pid) for process in self.processes if not process.is_alive())
+        return ", ".join(f"{process.pid} (exit code {process.exitcode})" for process in self.processes if not process.is_alive())
 
 
 def _listen(rounds: _Rounds, processes: list[Any], blocks: queue.Queue[Any], stopped: threading.Event) -> None:
@@ -264,7 +267,7 @@ def _start(rounds: _Rounds, processes: list[Any]) -> Iterator[_Block | None]:
             collate_fn=_as_it_is,
             multiprocessing_context="fork",
             prefetch_factor=max(2, rounds.per_worker),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_serve, os.getpid()),
             snapshot_every_n_steps=1 << 62,
         )
         blocks = iter(loader)
@@ -291,9 +294,25 @@ def _iterable(rounds: _Rounds) -> Any:
     return Rounds()
 
 
-def _ignore_signals(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def serve(parent: int) -> None:
+    """In a forked process: leave signals to the parent, and end when it has ended, however that was.
+
+    A killed parent tells nobody. The engine notices, and then waits for a pipe
+    that nobody empties.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides what ends
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _serve(parent: int, worker: int) -> None:
+    serve(parent)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -107,6 +107,13 @@ def test_a_split_is_fetched_and_can_be_pasted(tmp_path, source, run):
     assert toml(printed) == {"dataset": {"name": "parquet", "paths": [f"data/name/{name}" for name in wanted]}}
 
 
+def test_compressed_files_that_nothing_reads_are_not_fetched(tmp_path, source, run):
+    address = source({"train-0.jsonl.zst": b"x", "README.md": b"x"})
+    said = run("owner/name", "--source", address, status=2)
+    assert "there is no file of .parquet, .jsonl, .jsonl.gz in it; train-0.jsonl.zst and the like are not read: fetch them by other means" in said
+    assert not there(tmp_path / "data")
+
+
 def test_config_split_glob_and_number(tmp_path, source, run):
     url = source(HUB)
     run("owner/name", "--source", url, "--config", "german", "--output", "a")

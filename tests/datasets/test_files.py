@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from titanlm.datasets.documents import TextDocuments
-from titanlm.datasets.files import Files, Listing, OfflineError, listed, offline, shown
+from titanlm.datasets.files import PROTOCOLS, Files, Listing, OfflineError, listed, offline, shown
 from titanlm.errors import DataError
 from titanlm.registry import Component
 
@@ -85,6 +85,15 @@ def test_d11_a_file_named_twice(folder):
     (folder / "link.jsonl").symlink_to(folder / "a.jsonl")
     with pytest.raises(DataError, match="named twice"):
         files(folder)
+
+
+def test_every_file_and_another_order(folder):
+    assert names(files(folder / "sub", folder / "notes.md", suffixes=("",))) == ["d.jsonl", "e.jsonl", "notes.md"]
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="no directory with files"):
+        files(folder / "empty", suffixes=("",))
+    backwards = Files([str(folder)], "dataset.paths", (".jsonl",), lambda found: [-ord(letter) for letter in os.path.basename(found[0])])
+    assert names(backwards) == ["e.jsonl", "d.jsonl", "b.jsonl", "a.jsonl"]
 
 
 def test_d11_what_matches_nothing(folder):
@@ -229,7 +238,10 @@ def test_d10_a_remote_file_that_changes(memory):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("nowhere://x/y", "nothing is known that reads nowhere://"),
+        ("nowhere://x/y", r"nowhere:// is not read; there are hf://, https://, s3://, .* downloaded first"),
+        ("shell://rm -r x", "shell:// is not read"),
+        ("simplecache::https://host/x", "chains protocols"),
+        ("https//x://y", "has :// in it and is no URL"),
         ("file:///etc/passwd", "file:// is not read; give the path alone"),
         ("http://example.org/x", "http:// is not read; use https://"),
         ("zip://a.jsonl::memory://b.zip", "chains protocols"),
@@ -249,7 +261,7 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(DataError, match=r"pip install 'titanlm\[hub\]'"):
         files("hf://datasets/a/b")
-    with pytest.raises(DataError, match=r"s3:// that is not installed; fsspec says: Install s3fs"):
+    with pytest.raises(DataError, match=r"s3:// that is not installed; pip install 's3fs'"):
         files("s3://bucket/x")
 
 
@@ -293,6 +305,7 @@ class Talkative(fsspec.AbstractFileSystem):
 @pytest.mark.parametrize("failing", ["info", "open", "read"])
 def test_h5_no_secret_in_errors_or_fingerprints(failing, monkeypatch, capsys):
     fsspec.register_implementation("talkative", Talkative, clobber=True)
+    monkeypatch.setitem(PROTOCOLS, "talkative", "nothing")
     monkeypatch.setattr(Talkative, "failing", "")
     assert CANARY not in files(f"talkative://host/x.jsonl?sig={CANARY}").name(0)
     monkeypatch.setattr(Talkative, "failing", failing)
@@ -304,7 +317,14 @@ def test_h5_no_secret_in_errors_or_fingerprints(failing, monkeypatch, capsys):
     assert error.value.__cause__ is None
     assert error.value.__suppress_context__
     assert "talkative://host/x.jsonl" in str(error.value)
-    for other in (f"s3://me:{CANARY}@bucket/x", f"https://{CANARY}@host/x?sig={CANARY}", f"nowhere://h/x?sig={CANARY}", f"zip://x::https://{CANARY}@h/y"):
+    for other in (
+        f"simplecache::https://host/?{CANARY}",
+        f"simplecache::https://me:{CANARY}@host/x",
+        f"s3://me:{CANARY}@bucket/x",
+        f"https://{CANARY}@host/x?sig={CANARY}",
+        f"nowhere://h/x?sig={CANARY}",
+        f"zip://x::https://{CANARY}@h/y",
+    ):
         with pytest.raises(DataError) as error:
             files(other)
         assert CANARY not in str(error.value)
@@ -316,6 +336,7 @@ def test_h5_shown():
     assert shown("hf://datasets/a/b@main/x") == "hf://datasets/a/b@main/x"
     assert shown(f"https://host?{CANARY}@x/y") == "https://host"
     assert shown("a/b?c#d") == "a/b?c#d"
+    assert shown(f"simplecache::https://host/?{CANARY}") == "simplecache::https://host/"
 
 
 def test_a_failing_network_is_no_damage_that_may_be_skipped(memory, monkeypatch):

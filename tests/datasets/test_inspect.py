@@ -146,7 +146,10 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal(tmp_path, run):
 def test_mistakes(tmp_path, run):
     (tmp_path / "table.csv").write_text("a,b")
     for nothing in ("table.csv", "nothing/*.txt", "."):
-        assert f"{nothing}: names no file that titanlm reads (.parquet, .jsonl, .txt, .bin)" in run(nothing, status=2)
+        assert f"{nothing}: names no file that titanlm reads (.parquet, .jsonl, .jsonl.gz, .txt, .bin)" in run(nothing, status=2)
+    for packed in ("a.jsonl.zst", "b.txt.gz"):
+        (tmp_path / packed).write_bytes(b"x")
+        assert "decompress it first (of compressed files only .jsonl.gz is read)" in run(packed, status=2)
     assert "cannot be read" in run("table.csv", "--tokenizer", "none.model", status=2)
 
 

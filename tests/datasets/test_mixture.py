@@ -77,6 +77,15 @@ def test_other_splits_are_read_one_source_after_the_other():
     assert [document.document_id % 2 for document in streams(sources, 1, split="validation")[0].dataset] == [0] * 3 + [1] * 2
 
 
+def test_more_epochs_after_the_end_go_on():
+    sources = [source("a", documents=5), source("b", documents=5)]
+    first = streams(sources, 1, epochs=1)[0].dataset
+    assert len(list(first)) == 10
+    second = streams(sources, 1, epochs=2)[0].dataset
+    second.restore(first.state())
+    assert len(list(second)) == 10
+
+
 def test_another_mixture_is_refused():
     state = streams(THREE)[0].dataset.state()
     with pytest.raises(DataError, match="the data is mixed of long, other, the state to resume of long, short, rare"):

@@ -354,9 +354,14 @@ def test_the_command_prepares_both_splits_of_a_config(tmp_path: Path, config: Pa
     [
         (["--input", "a.txt"], "with --tokenizer"),
         (["--input", "a.csv", "--tokenizer", "byte"], "how its name ends"),
+        (
+            ["--input", "a.jsonl.zst", "--tokenizer", "byte"],
+            "(.parquet, .jsonl, .jsonl.gz, .txt); decompress it first",
+        ),
+        (["--input", "a.txt.gz", "--tokenizer", "byte"], "decompress it first"),
         (["--input", "a.txt", "--tokenizer", "byte", "--train.steps=3"], "overrides change the config"),
     ],
-    ids=["no tokenizer", "no type", "no config"],
+    ids=["no tokenizer", "no type", "zst", "compressed text", "no config"],
 )
 def test_what_does_not_go_together_is_said(tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "prepare", "--output", str(tmp_path / "out"), *words]) == 2

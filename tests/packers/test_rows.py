@@ -162,7 +162,9 @@ def test_rows_have_the_dtypes_of_a_row(name: str) -> None:
     packer = PACKERS[name].build(seq_len=8)
     packer.add(*document(1, 5))
     row = packer.flush(8)
-    assert [array.dtype for array in vars(row).values()] == [np.int64, np.int64, np.int32, np.int64, np.int32]
+    assert [array.dtype for array in vars(row).values()] == [np.int32, np.int32, np.int32, np.int64, np.int32]
+    finished = finish(row, document_mask=True)
+    assert [array.dtype for array in vars(finished).values()] == [np.int64, np.int64, np.int32, np.int64, np.int32]
     assert row.tokens.tolist() == [1000, 1001, 1002, 1003, 1004, 0, 0, 0]
     assert row.labels.tolist() == [1001, 1002, 1003, 1004, *[IGNORE] * 4]
     assert row.document_ids.tolist() == [1] * 5 + [-1] * 3

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from titanlm import cli
+from titanlm.errors import DataError
 from titanlm.registry import Component
 from titanlm.tokenizers.corpus import documents
 from titanlm.tokenizers.training import train_sentencepiece
@@ -127,8 +128,18 @@ def test_compare_reads_only_so_much_and_the_library_by_default(run):
     assert row["bytes"] >= 100_000
 
 
-def test_a_document_that_is_refused_is_counted_apart(run, folder):
-    (folder / "odd.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+def test_a_document_that_is_refused_is_counted_apart(run, folder, monkeypatch):
+    from titanlm.tokenizers.byte import ByteTokenizer
+
+    encode = ByteTokenizer.encode
+
+    def picky(self, text):
+        if text == "refused":
+            raise DataError("refused")
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", picky)
+    (folder / "odd.jsonl").write_text('{"text": "fine"}\n{"text": "refused"}\n')
     (row,) = json.loads(run("compare", "byte", "--input", "odd.jsonl", "--json"))
     assert (row["documents"], row["tokens"], row["refused"], row["round_trip"]) == (2, 4, 1, 0.5)
     assert "1 documents refused" in run("compare", "byte", "--input", "odd.jsonl")
@@ -137,12 +148,17 @@ def test_a_document_that_is_refused_is_counted_apart(run, folder):
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("gone.parquet", None, "gone.parquet: cannot be read"),
-        ("bad.parquet", b"nothing", "bad.parquet: no parquet file"),
-        ("bad.jsonl", b'{"text": "a"}\n{\n', "bad.jsonl, line 2: no JSON"),
-        ("key.jsonl", b'{"body": "a"}\n', "key.jsonl, line 1: no text 'text' in it; name the key with --column"),
-        ("bad.txt", b"\xff", "bad.txt: not UTF-8 at byte 0"),
-        ("empty.txt", b"", "empty.txt: there is no text in it"),
+        ("gone.parquet", None, "'gone.parquet' is no file"),
+        ("bad.parquet", b"nothing", "bad.parquet: is no readable parquet file"),
+        ("bad.jsonl", b'{"text": "a"}\n{\n', "bad.jsonl line 2: no JSON"),
+        ("key.jsonl", b'{"body": "a"}\n', "key.jsonl line 1: no key 'text' (keys: body; dataset.column names it)"),
+        ("bad.txt", b"\xff", "bad.txt: byte 0 is not UTF-8"),
+        ("odd.jsonl", b'{"text": "\\ud800"}\n', "odd.jsonl line 1: 'text' has half a surrogate pair"),
+        ("blank.txt", b" ", "blank.txt: there is no text in it"),
+        ("empty.txt", b"", "every file is empty"),
+        ("a.jsonl.zst", b"x", "a.jsonl.zst: is compressed; decompress it first"),
+        ("a.txt.gz", b"x", "a.txt.gz: is compressed; decompress it first"),
+        ("a.bin", b"x", "a.bin: has tokens and no texts"),
     ],
 )
 def test_inputs_that_cannot_be_read(run, folder, name, content, text):
@@ -154,7 +170,9 @@ def test_inputs_that_cannot_be_read(run, folder, name, content, text):
 def test_columns(run, folder):
     assert list(documents(folder / "en.parquet", "body")) == ["b"] * 41
     assert list(documents(folder / "en.parquet")) == ENGLISH
-    assert "no column 'txt' (there: text, body); name one with --column" in run("compare", "byte", "--input", "en.parquet", "--column", "txt", status=2)
+    assert "has no column 'txt'; did you mean 'text'? (columns: text, body); set dataset.column (here by --column)" in run(
+        "compare", "byte", "--input", "en.parquet", "--column", "txt", status=2
+    )
 
 
 # ---------------------------------------------------------------- train
@@ -183,7 +201,8 @@ def test_train_takes_every_source_of_a_config(run, folder, tmp_path):
     [
         (["--symbol", "<s>"], "symbol '<s>' is empty, a name that the model uses itself"),
         (["--pad", "2"], "special ids must differ"),
-        (["--input", "gone.parquet"], "gone.parquet: cannot be read"),
+        (["--input", "gone.parquet"], "'gone.parquet' is no file"),
+        (["--input", "a.txt.gz"], "a.txt.gz: is compressed; decompress it first"),
         (["--input", "one.txt", "--max-bytes", "100", "--vocab-size", "9000"], "vocab_size = 9000 is too large"),
         (["--model-type", "bpe"], "no option '--model-type'"),
     ],

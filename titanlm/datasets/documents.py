@@ -31,7 +31,6 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -99,6 +98,9 @@ class _EachItsShard:
 
     def __len__(self) -> int:
         return self._n_rows
+
+    def place(self, files: int, rows: int, rows_per_file: int) -> tuple[int, int]:
+        return files * rows_per_file + rows, 0
 
     def read(self, shard: int, start: int) -> Iterator[Mapping[str, Any] | Unreadable]:
         if start == 0:
@@ -186,6 +188,7 @@ class TextDocuments:
         self._unreadable: list[str] = []
         self._block: _Block | None = None
         self._reader: Iterator[Mapping[str, Any] | Unreadable] | None = None
+        self._order, self._ordered = np.zeros(0, dtype=np.uint32), -1  # the present permutation and its epoch
         self._barren = 0  # shards since the last document
         self._sure = False  # that some row of this stream's is a document
 
@@ -216,7 +219,9 @@ class TextDocuments:
             if self._epochs is not None and epoch >= self._epochs:
                 raise StopIteration
             if self._block is None:
-                shard = int(order(self._seed, epoch, self._n_shards)[offset]) if self._shuffle else offset
+                if self._shuffle and epoch != self._ordered:
+                    self._order, self._ordered = order(self._seed, epoch, self._n_shards), epoch
+                shard = int(self._order[offset]) if self._shuffle else offset
                 self._block = self._read_block(shard, position)
             if self._emitted == len(self._block.items):
                 self._next_block()
@@ -257,14 +262,18 @@ class TextDocuments:
         self._block = self._reader = None
         self._barren = 0
 
-    def skip(self, shards: int, rows: int) -> None:
-        """Begin behind the first ``shards`` shards of all streams, and ``rows`` rows of the next.
+    def skip(self, files: int, rows: int, rows_per_file: int) -> None:
+        """Begin behind the first ``files`` files of ``rows_per_file`` rows, and ``rows`` rows of the next; over all streams.
 
-        Raises DataError when shards are shuffled: which ones come first then
-        depends on the seed.
+        Raises DataError when shards are shuffled (which ones come first then
+        depends on the seed), and where this data cannot be counted so.
         """
         if self._shuffle:
-            raise DataError(f"{self._shards.name}: to skip shards by their number they must be read in order: dataset.shuffle = false")
+            raise DataError(f"{self._shards.name}: to skip files by their number they must be read in order: dataset.shuffle = false")
+        place = getattr(self._shards, "place", None)
+        if place is None:
+            raise DataError(f"{self._shards.name}: files and rows of it cannot be skipped by number; name a checkpoint or an exported state")
+        shards, rows = place(files, rows, rows_per_file)
         self._taken, mine = divmod(shards - self._stream + self._n_streams - 1, self._n_streams)
         self._row = rows if mine == self._n_streams - 1 else 0  # the next shard is this stream's
         self._index = self._row
@@ -376,12 +385,15 @@ class _Block:
     """Whether the shard ends with it."""
 
 
-@lru_cache(maxsize=4)
 def order(seed: int, epoch: int, n_shards: int) -> np.ndarray:
-    """The permutation of an epoch: (n_shards,) uint32, or uint64 from 2³² on. Shared by all streams of the process."""
-    permutation = shuffled((seed, epoch), n_shards).astype(np.uint32 if n_shards < 2**32 else np.uint64)
-    permutation.flags.writeable = False
-    return permutation
+    """The permutation of an epoch: (n_shards,) uint32, or uint64 from 2³² on; one for all who hold it at the same time."""
+
+    def draw() -> np.ndarray:
+        permutation = shuffled((seed, epoch), n_shards).astype(np.uint32 if n_shards < 2**32 else np.uint64)
+        permutation.flags.writeable = False
+        return permutation
+
+    return shared(("order", seed, epoch, n_shards), draw)
 
 
 def shuffled(key: tuple[int, ...], n: int) -> np.ndarray:

@@ -16,15 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
+from titanlm.datasets.opening import remedy_for
 from titanlm.datasets.remote import Folder, Remote
 from titanlm.errors import DataError, TitanError
 from titanlm.loggers.text import printable
 from titanlm.registry import did_you_mean
 
-KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl"}
+KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl"}
 """What reads a file, by its end."""
 GOLF = {variant: f"hf://datasets/{owner}/parameter-golf" for variant, owner in (("sp1024", "willdepueoai"), ("sp4096", "kevclark"), ("sp8192", "kevclark"))}
 """Where the shards of a variant are; the number is the size of the vocabulary."""
+_BY_HAND = "fetch them by other means and decompress them"
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 _NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+.*)?$")
 _LISTED = 4
@@ -54,7 +56,10 @@ def download(
         raise TitanError(f"{repo}: is no name of a data set on the Hub (OWNER/NAME)")
     # A slash in a revision would begin a file name.
     folder = Folder(source or f"hf://datasets/{repo}@{revision.replace('/', '%2F')}")
-    files = [file for file in folder.list() if _kind(file.name)]
+    there = folder.list()
+    files = [file for file in there if _kind(file.name)]
+    if not files and (packed := next((file for file in there if remedy_for(file.name)), None)):
+        raise DataError(f"{folder.shown}: there is no file of {', '.join(KINDS)} in it; {printable(packed.name)} and the like are not read: {_BY_HAND}")
     if include is not None:
         files = [file for file in files if fnmatch.fnmatchcase(file.name, include)] or _none(folder, f"no data file matches {include!r}", files)
     else:

@@ -18,7 +18,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -34,8 +34,19 @@ _HEAD_BYTES = 65536
 _SAMPLED = 64
 _REMOTE_BLOCK_BYTES = 4 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_REFUSED = {"file": "give the path alone", "local": "give the path alone", "http": "use https:// or download it first"}
-"""Protocols that are not opened, and what to do instead."""
+PROTOCOLS = {
+    "hf": "titanlm[hub]",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "memory": "fsspec",
+}
+"""Protocols that are opened, and the package each needs. No others: fsspec knows some that run commands."""
+_INSTEAD = {"file": "give the path alone", "local": "give the path alone", "http": "use https:// or download it first"}
+"""What to do about some of the others."""
 
 _offline: ContextVar[bool] = ContextVar("titanlm_offline", default=False)
 
@@ -62,10 +73,13 @@ file, whichever links lead to it. Plain tuples: hundreds of thousands of any oth
 class Files:
     """The files of one setting, in the order of its entries and sorted within each.
 
+    ``order`` sorts by something else than the path. A directory is searched for
+    ``suffixes``; "" is that of every file.
+
     Raises DataError when an entry means no file, or one that was meant before.
     """
 
-    def __init__(self, entries: Sequence[str], key: str, suffixes: tuple[str, ...]) -> None:
+    def __init__(self, entries: Sequence[str], key: str, suffixes: tuple[str, ...], order: Callable[[_Found], Any] | None = None) -> None:
         self.key = key
         self.by: dict[str, str] = {}
         """The entry that each real file comes from."""
@@ -74,8 +88,8 @@ class Files:
         sizes: list[int] = []
         mtimes: list[int] = []
         for entry in entries:
-            url = entry if _URL.match(entry) else None
-            found = sorted(_remote(entry, key, suffixes) if url else _local(entry, key, suffixes))
+            url = entry if is_url(entry) else None
+            found = sorted(_remote(entry, key, suffixes) if url else _local(entry, key, suffixes), key=order)
             own = {real: entry for _, _, _, real in found}
             if len(own) < len(found) or not self.by.keys().isdisjoint(own):
                 raise self._named_twice(found, entry, url)
@@ -105,6 +119,10 @@ class Files:
 
     def is_local(self, index: int) -> bool:
         return self._urls[index] is None
+
+    def path(self, index: int) -> Path:
+        """Of a local file; what any links lead to."""
+        return Path(os.path.realpath(self._names[index]))
 
     def base(self, index: int) -> str:
         """The file's own name, without directories and query."""
@@ -184,9 +202,9 @@ class Listing:
     Raises DataError when a file is among both, by whatever name, and as Files.
     """
 
-    def __init__(self, paths: Sequence[str], validation_paths: Sequence[str], suffixes: tuple[str, ...]) -> None:
-        self.train = Files(paths, "dataset.paths", suffixes)
-        self.validation = Files(validation_paths, "dataset.validation_paths", suffixes)
+    def __init__(self, paths: Sequence[str], validation_paths: Sequence[str], suffixes: tuple[str, ...], order: Callable[[_Found], Any] | None = None) -> None:
+        self.train = Files(paths, "dataset.paths", suffixes, order)
+        self.validation = Files(validation_paths, "dataset.validation_paths", suffixes, order)
         both = "dataset.paths and in dataset.validation_paths; a file can be in one only"
         if twice := self.train.by.keys() & self.validation.by.keys():
             raise DataError(f"{one_line(shown(min(twice)))} is in {both}")
@@ -203,10 +221,10 @@ class Listing:
         return self.validation
 
 
-def listed(paths: Sequence[str], validation_paths: Sequence[str], suffixes: tuple[str, ...]) -> Listing:
+def listed(paths: Sequence[str], validation_paths: Sequence[str], suffixes: tuple[str, ...], order: Callable[[_Found], Any] | None = None) -> Listing:
     """The ``Listing``, made once for all who use it at the same time."""
-    key = ("files", Path.cwd(), tuple(paths), tuple(validation_paths), suffixes, _offline.get())
-    return shared(key, lambda: Listing(paths, validation_paths, suffixes))
+    key = ("files", Path.cwd(), tuple(paths), tuple(validation_paths), suffixes, order, _offline.get())
+    return shared(key, lambda: Listing(paths, validation_paths, suffixes, order))
 
 
 class Source(io.RawIOBase):
@@ -263,13 +281,18 @@ class Source(io.RawIOBase):
         super().close()
 
 
+def is_url(entry: str) -> bool:
+    """Whether it is to be taken for a URL, be it one that is refused; no path needs to be written so."""
+    return "://" in entry
+
+
 def shown(url: str) -> str:
     """A URL without user, password, query, fragment and further URLs, which may be secret; a path as it is."""
-    found = _URL.match(url)
-    if found is None:
+    if not is_url(url):
         return url
-    host, slash, path = re.split(r"[?#]|::", url[found.end() :], maxsplit=1)[0].partition("/")
-    return f"{found[0]}{host.rpartition('@')[2]}{slash}{path}"
+    protocol, separator, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("::")[0].partition("/")
+    return f"{protocol}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def one_line(text: str) -> str:
@@ -314,6 +337,8 @@ def _local(entry: str, key: str, suffixes: tuple[str, ...]) -> list[_Found]:
         raise DataError(f"{said} cannot be listed: {error.strerror}{where}") from error
     except ValueError as error:  # a NUL in the name
         raise DataError(f"{said} is no path: {error}") from error
+    if not found and "" in suffixes:
+        raise _nothing(said)
     if not found:
         raise DataError(f"{said} is a directory without any {' or '.join(f'*{suffix}' for suffix in suffixes)}; name the files")
     return found
@@ -352,9 +377,13 @@ def _globbed(pattern: str, said: str) -> list[_Found]:
     if not found and any(map(os.path.isdir, names)):
         raise DataError(f"{said} matches only directories; add /* for the files in them")
     if not found:
-        base = f"relative paths start at {Path.cwd()}"
-        raise DataError(f"{said} is no file, no directory with files and no glob that matches any ({base})")
+        raise _nothing(said)
     return found
+
+
+def _nothing(said: str) -> DataError:
+    base = f"relative paths start at {one_line(str(Path.cwd()))}"
+    return DataError(f"{said} is no file, no directory with files and no glob that matches any ({base})")
 
 
 # ---------------------------------------------------------------- remote
@@ -362,7 +391,7 @@ def _filesystem(url: str, key: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it. Not kept: after a fork another one is needed.
 
     Raises OfflineError inside ``offline()``, DataError for a URL that holds a
-    password or a protocol that is unknown, refused or not installed.
+    password and for a protocol that is not among ``PROTOCOLS`` or not installed.
     """
     said = f"{key}: {one_line(shown(url))!r}"
     if _offline.get():
@@ -373,20 +402,18 @@ def _filesystem(url: str, key: str) -> tuple[Any, str]:
         raise DataError(f"{said} holds a user's name or password; take it out and put it in the environment or where the protocol's library looks")
     if "::" in url:
         raise DataError(f"{said} chains protocols (::), which is not supported")
-    if protocol in _REFUSED:
-        raise DataError(f"{said}: {protocol}:// is not read; {_REFUSED[protocol]}")
+    if not _URL.match(url):
+        raise DataError(f"{said} has :// in it and is no URL; give a path with one slash in a row, or a URL alone")
+    if protocol not in PROTOCOLS:
+        read = f"there are {', '.join(f'{one}://' for one in PROTOCOLS if one != 'memory')}; anything else has to be downloaded first"
+        raise DataError(f"{said}: {protocol}:// is not read; {_INSTEAD.get(protocol, read)}")
     import fsspec
-    from fsspec.registry import known_implementations
 
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError:
-        known = known_implementations.get(protocol, {})
-        package = "pip install 'titanlm[hub]'" if protocol == "hf" else f"fsspec says: {known.get('err', 'install its package')}"
-        raise DataError(f"{said} needs a package for {protocol}:// that is not installed; {package}") from None
-    except Exception as error:
-        if protocol not in fsspec.available_protocols():
-            raise DataError(f"{said}: nothing is known that reads {protocol}://") from None
+        raise DataError(f"{said} needs a package for {protocol}:// that is not installed; pip install '{PROTOCOLS[protocol]}'") from None
+    except Exception as error:  # whatever the library of this protocol raises
         raise DataError(f"{said} cannot be opened: {_reason(error)}") from None
 
 

@@ -107,12 +107,11 @@ class Mixture:
         raise StopIteration
 
     def state(self) -> dict[str, Any]:
-        """Tokens and documents taken from each source, and the sources' own states."""
+        """Tokens and documents taken from each source, and the sources' own states; which have ended they know themselves."""
         return {
             "labels": list(self._labels),
             "tokens": list(self._tokens),
             "documents": list(self._documents),
-            "ended": list(self._ended),
             "sources": [dataset.state() for dataset in self._datasets],
         }
 
@@ -121,7 +120,7 @@ class Mixture:
         if list(state["labels"]) != self._labels:
             raise DataError(f"the data is mixed of {', '.join(self._labels)}, the state to resume of {', '.join(map(str, state['labels']))}")
         self._tokens, self._documents = ([int(n) for n in state[key]] for key in ("tokens", "documents"))
-        self._ended = [bool(ended) for ended in state["ended"]]
+        self._ended = [False] * self.n_sources  # there may be more epochs now
         for dataset, own in zip(self._datasets, state["sources"], strict=True):
             dataset.restore(own)
 

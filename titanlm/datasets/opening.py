@@ -17,7 +17,7 @@ from titanlm.errors import TitanError
 from titanlm.registry import Component, Dataset, Tokenizer, lookup
 from titanlm.tokenizers.opening import open_tokenizer
 
-COMPRESSED = (".gz", ".zst")
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,12 @@ def _of_config(word: str, config: RunConfig, tokenizer: Tokenizer) -> list[Targe
 def _of_files(word: str, tokenizer: Tokenizer | None, column: str | None) -> list[Target]:
     kinds: dict[str, list[str]] = {}
     for file in files_of(word):
-        if kind := _kind(Path(file.partition("?")[0] if is_url(file) else file)):
+        if kind := kind_of(file.partition("?")[0] if is_url(file) else file):
             kinds.setdefault(kind, []).append(file)
     label = shown(word)
     if not kinds:
-        raise TitanError(f"{label}: names no file that titanlm reads ({', '.join(FILE_DATASETS)}); give a file, a folder, a glob or a config (.toml)")
+        remedy = remedy_for(word) or "give a file, a folder, a glob or a config (.toml)"
+        raise TitanError(f"{label}: names no file that titanlm reads ({', '.join(FILE_DATASETS)}); {remedy}")
     return [
         Target(label if len(kinds) == 1 else f"{label} ({kind})", False, _dataset(kind, tuple(files), column), "train", tokenizer)
         for kind, files in kinds.items()
@@ -154,9 +155,14 @@ def files_of(word: str) -> list[str]:
     return [str(one) for one in sorted(below) if one.is_file() and SIDECAR not in one.name]
 
 
-def _kind(file: Path) -> str | None:
-    end = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-    return FILE_DATASETS.get(end)
+def kind_of(name: str) -> str | None:
+    """The dataset that reads a file, by how its name ends; None when none does. Of compressed files those are .jsonl.gz."""
+    return next((kind for end, kind in FILE_DATASETS.items() if name.endswith(end)), None)
+
+
+def remedy_for(name: str) -> str | None:
+    """What to do about a file that is not read because it is compressed; None for others."""
+    return "decompress it first (of compressed files only .jsonl.gz is read)" if name.endswith(_COMPRESSED) else None
 
 
 def _dataset(kind: str, paths: tuple[str, ...], column: str | None) -> Component:

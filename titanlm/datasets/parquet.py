@@ -134,6 +134,17 @@ class ParquetShards:
     def __len__(self) -> int:
         return len(self._files) if self._parts is None else len(self._parts)
 
+    def place(self, files: int, rows: int, rows_per_file: int) -> tuple[int, int]:
+        """Shard and row behind so many files of so many rows, and so many rows more."""
+        if self._parts is None:
+            return files, rows
+        left = files * rows_per_file + rows
+        for shard, part in enumerate(self._parts):
+            if left < part.end - part.start:
+                return shard, left
+            left -= part.end - part.start
+        return len(self._parts), 0
+
     def read(self, shard: int, start: int) -> Iterator[Mapping[str, Any] | Unreadable]:
         """The rows from ``start`` on; ``Unreadable`` for the rest of a row group that is damaged, and for a whole file that is.
 

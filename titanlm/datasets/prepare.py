@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 
 from titanlm.config import FILE_DATASETS, load
+from titanlm.datasets.opening import kind_of, remedy_for
+from titanlm.datasets.remote import shown
 from titanlm.datasets.shard_file import HEADER_BYTES, MANIFEST, SIDECAR, TEMPORARY, ShardWriter, dtype_for, read_manifest, write_manifest
 from titanlm.datasets.tokenising import Batch, tokenised
 from titanlm.errors import DataError, TitanError
@@ -158,10 +160,11 @@ def _datasets(inputs: Sequence[str], column: str | None) -> Iterator[tuple[str, 
     """The files in their order; those in a row that are read alike are one dataset."""
     groups: list[tuple[str, list[str]]] = []
     for path in inputs:
-        kind = FILE_DATASETS.get(Path(path.removesuffix(".gz").removesuffix(".zst")).suffix)
+        kind = kind_of(path)
         if kind is None or kind == "token_shards":
             kinds = ", ".join(end for end, name in FILE_DATASETS.items() if name != "token_shards")
-            raise TitanError(f"--input {path}: what it is shows in how its name ends ({kinds}); for other data name a --config")
+            remedy = remedy_for(path) or "for other data name a --config"
+            raise TitanError(f"--input {shown(path)}: what it is shows in how its name ends ({kinds}); {remedy}")
         if groups and groups[-1][0] == kind:
             groups[-1][1].append(path)
         else:

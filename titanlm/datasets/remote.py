@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from titanlm.datasets.files import PROTOCOLS
 from titanlm.errors import DataError, TitanError
 from titanlm.loggers.text import printable
 
 _CHUNK_BYTES = 1 << 20
-_PACKAGES = {"hf": "titanlm[hub]", "https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": "fsspec"}
-"""What opens an address, by its protocol. No others: fsspec knows some that run commands."""
+_PACKAGES = {**PROTOCOLS, "http": "aiohttp"}
+"""What opens an address, by its protocol. Mirrors in a local network have no certificate."""
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,10 @@ next slice or file. Where they begin is found once for a slice, with numpy.
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
@@ -40,6 +39,7 @@ import numpy as np
 from titanlm.batch import Document
 from titanlm.constraints import PositiveInt
 from titanlm.datasets.documents import INDEX_BITS, order, shared, shuffled
+from titanlm.datasets.files import Files, is_url, one_line
 from titanlm.datasets.shard_file import SIDECAR, Shard, digest_of, open_shard, read_manifest
 from titanlm.errors import DataError
 from titanlm.registry import Tokenizer, register
@@ -101,6 +101,7 @@ class TokenShards:
         self._shuffle = config.shuffle and split == "train"
         self._stream, self._n_streams, self._seed = stream, n_streams, seed
         self._taken = self._emitted = self._documents = 0
+        self._order, self._ordered = np.zeros(0, dtype=np.uint32), -1  # the present permutation and its epoch
         self._slice: _Slice | None = None
 
     def __iter__(self) -> Iterator[Document]:
@@ -139,7 +140,9 @@ class TokenShards:
             if barren >= self._n_slices and not self._shuffle:  # shuffled, its turn comes
                 where = f"in the slices of stream {self._stream} of {self._n_streams}"
                 raise DataError(f"{self._sequence.name}: no document begins {where}; change data.n_streams or dataset.slice_tokens")
-            number = int(order(self._seed, epoch, self._n_slices)[offset]) if self._shuffle else offset
+            if self._shuffle and epoch != self._ordered:
+                self._order, self._ordered = order(self._seed, epoch, self._n_slices), epoch
+            number = int(self._order[offset]) if self._shuffle else offset
             one = self._sequence.read_slice(number)
             if n := len(one.order):
                 drawn = shuffled((self._seed, position), n).tolist() if self._shuffle else one.order
@@ -383,24 +386,15 @@ def expand(entries: Sequence[str], key: str) -> list[Path]:
 
     Raises DataError when an entry names none, or a file is named twice.
     """
-    found: list[Path] = []
-    for entry in entries:
-        path = Path(entry).expanduser()
-        below: Iterable[Path]
-        if "://" in entry:
-            raise DataError(f"{key}: shards are mapped into memory, which no URL can be; download them and name the copies")
-        if path.is_dir():
-            below = (one for one in path.rglob("*.bin") if not any(part.startswith(".") for part in one.relative_to(path).parts))
-        elif path.exists():
-            below = [path]
-        else:
-            below = (Path(name) for name in glob.glob(str(path), recursive=True))
-        files = sorted((one.resolve() for one in below if one.is_file() and SIDECAR not in one.name), key=lambda one: (*_numbered(one), one))
-        if not files:
-            base = f"relative paths start at {Path.cwd()}"
-            sidecars = f"; files with {SIDECAR} in their name hold no tokens" if SIDECAR in entry else ""
-            raise DataError(f"{key}: {entry!r} is no shard, no directory with .bin files and no glob that matches any ({base}){sidecars}")
-        found += files
-    if twice := [path for path, n in Counter(found).items() if n > 1]:
-        raise DataError(f"{key}: {twice[0]} is named twice; name every shard once")
-    return found
+    if any(map(is_url, entries)):
+        raise DataError(f"{key}: shards are mapped into memory, which no URL can be; download them and name the copies")
+    found = Files(entries, key, (".bin",)).by
+    shards: dict[str, list[Path]] = {entry: [] for entry in entries}
+    for real, entry in found.items():
+        if SIDECAR not in os.path.basename(real):
+            shards[entry].append(Path(real))
+    for entry, own in shards.items():
+        if not own:
+            raise DataError(f"{key}: {one_line(entry)!r} is no shard and has none; files with {SIDECAR} in their name hold no tokens")
+        own.sort(key=lambda one: (*_numbered(one), one))
+    return [path for own in shards.values() for path in own]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,6 +17,7 @@ import numpy as np
 from titanlm.datasets.shard_file import dtype_for
 from titanlm.errors import DataError
 from titanlm.registry import Tokenizer
+from titanlm.workers import serve
 
 _Item = tuple[dict[str, Any], int]
 
@@ -121,17 +119,8 @@ _tokenizer: Any = None
 def _begin(datasets: Sequence[Any], tokenizer: Tokenizer, private: int, parent: int) -> None:
     global _datasets, _tokenizer
     _datasets, _tokenizer = datasets, tokenizer
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides what ends
-        signal.signal(number, signal.SIG_IGN)
     os.close(private)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A killed parent tells nobody, and its workers would wait for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    serve(parent)
 
 
 def _work(source: int, items: list[_Item]) -> Tokens:

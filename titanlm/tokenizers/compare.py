@@ -93,7 +93,7 @@ def _inputs(paths: Sequence[str], column: str, max_bytes: int | None) -> Iterato
         name = "Python's standard library"
         yield name, _some(dataset_texts(Component.named("dataset", "python_stdlib")), max_bytes or DEFAULT_BYTES, name)
     for path in paths:
-        yield path, _some(documents(Path(path), column), max_bytes, path)
+        yield path, _some(documents(path, column), max_bytes, path)
 
 
 def _some(texts: Iterable[str], max_bytes: int | None, name: str) -> list[str]:

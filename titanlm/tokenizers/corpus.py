@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from titanlm.datasets.files import is_url, one_line, shown
+from titanlm.datasets.opening import kind_of, remedy_for
 from titanlm.errors import DataError, TitanError
 from titanlm.registry import Component
+
+_UNCUT = 1 << 62
+"""Bytes of a document, so that none is cut."""
 
 
 def training_texts(config: Path | None, overrides: Sequence[str], inputs: Sequence[str] | None, column: str = "text") -> Iterator[str]:
@@ -25,10 +29,10 @@ def training_texts(config: Path | None, overrides: Sequence[str], inputs: Sequen
 
         datasets = [source.dataset for source in load(config, overrides).sources]
     elif inputs:
-        plain = [path for path in inputs if Path(path).suffix not in (".parquet", ".jsonl")]
+        plain = [path for path in inputs if kind_of(path) in (None, "text") and not remedy_for(path)]
         for path in inputs:
             if path not in plain:
-                yield from documents(Path(path), column)
+                yield from documents(path, column)
         datasets = [Component.named("dataset", "text", paths=tuple(plain))] if plain else []
     else:
         datasets = [Component.named("dataset", "python_stdlib")]
@@ -49,50 +53,25 @@ def dataset_texts(dataset: Component) -> Iterator[str]:
     return iter(rows.texts())
 
 
-def documents(path: Path, column: str = "text") -> Iterator[str]:
-    """The texts of a file: rows of a .parquet, lines of a .jsonl, the whole of any other.
+def documents(path: str | Path, column: str = "text") -> Iterator[str]:
+    """The texts of a file, uncut: rows of a .parquet, lines of a .jsonl or .jsonl.gz, the whole of any other; none for those without visible text.
 
-    Raises DataError when the file or its column cannot be read.
+    Raises DataError when the file or its column cannot be read, TitanError for
+    a file that has no texts.
     """
+    name = str(path)
+    kind = kind_of(name.partition("?")[0] if is_url(name) else name)
+    if (remedy := remedy_for(name)) and kind is None:
+        raise DataError(f"{one_line(shown(name))}: is compressed; {remedy}")
+    if kind == "token_shards":
+        raise DataError(f"{one_line(shown(name))}: has tokens and no texts; texts come from .parquet, .jsonl and UTF-8 files")
+    settings = {"column": column} if kind in ("parquet", "jsonl") else {}
     try:
-        if path.suffix == ".parquet":
-            yield from _parquet(path, column)
-        elif path.suffix == ".jsonl":
-            yield from _jsonl(path, column)
-        else:
-            yield path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; texts come from .parquet, .jsonl and UTF-8 files") from error
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise DataError(f"{path}: no column {column!r} (there: {', '.join(file.schema_arrow.names)}); name one with --column")
-            for batch in file.iter_batches(256, columns=[column]):
-                yield from (text for text in batch[0].to_pylist() if isinstance(text, str))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: no parquet file or a damaged one ({error})") from error
-
-
-def _jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: no JSON ({error})") from error
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise DataError(f"{path}, line {number}: no text {column!r} in it; name the key with --column")
-            yield row[column]
+        yield from dataset_texts(Component.named("dataset", kind or "text", paths=(name,), max_bytes=_UNCUT, **settings))
+    except DataError as error:
+        if "dataset.column" in str(error):
+            raise DataError(f"{error} (here by --column)") from error
+        raise
 
 
 def counted(texts: Iterable[str]) -> Iterator[str]:
