@@ -385,8 +385,8 @@ class Trainer:
                         metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}", "averaged_")
         if metrics:
             self.loggers.log(self.progress.step, metrics)
-        for difference in differences:
-            self.loggers.message(difference)
+        for line in differences:
+            self.loggers.message(line)
         if self.best.beaten_by(metrics) and self._save_or_warn():
             self.best = self.best.now(metrics, self.progress.step)
             self.loggers.message(f"best {self.best.metric} so far, {self.best.value:.4f}: step {self.progress.step} is kept")
