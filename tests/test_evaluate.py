@@ -226,6 +226,7 @@ def test_raw_and_averaged_weights(tiny: Path, capsys: pytest.CaptureFixture[str]
         "validation": {
             "validation": {
                 "loss": raw.loss, "perplexity": raw.perplexity, "bits_per_byte": raw.bits_per_byte, "tokens": raw.n_tokens, "bytes": raw.n_bytes,
+                "text_bytes": raw.text_bytes, "uncounted_bytes": 0,
             }
         },
     }  # fmt: skip

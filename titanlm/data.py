@@ -118,7 +118,8 @@ class Loader:
         """The next step in the shape of ``phase``; blocks until it is built.
 
         Raises what went wrong while building it; the streams are then where
-        they were before. DataEnded when no stream has a label left.
+        they were before. DataEnded when none of this rank's streams has a row
+        left; with several ranks they must agree on which step is the last.
         """
         started = time.perf_counter()
         if self._ahead and _shape(self._ahead[0][0]) != _shape(phase):

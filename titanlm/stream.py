@@ -26,8 +26,8 @@ class Stream:
 
     def __init__(self, dataset: Dataset, packer: Packer, tokenizer: Tokenizer) -> None:
         self._dataset, self._packer, self._tokenizer = dataset, packer, tokenizer
-        self.counts = {"documents": 0, "text_bytes": 0, "uncounted_bytes": 0, "unreadable": 0}
-        """Documents read, the UTF-8 length of their texts, how much of it their tokens do not account for (may be negative); rows passed over as unreadable."""
+        self.counts = {"documents": 0, "text_bytes": 0, "uncounted_bytes": 0, "unreadable": 0, "passed_over": 0}
+        """Documents read, the UTF-8 length of their texts, how much of it their tokens do not account for (may be negative); rows that could not be read, and those without text or refused by a filter."""
 
         self.passed: dict[str, int] = {}
         """What the last pass over a validation split read, as ``counts``."""
@@ -62,6 +62,7 @@ class Stream:
             if document is None:
                 return self._packer.flush(seq_len)
             self.counts["unreadable"] = getattr(self._dataset, "unreadable", 0)
+            self.counts["passed_over"] = getattr(self._dataset, "passed_over", 0)
             self._packer.add(document, mark(self._target_bytes(document), document.trained))
         return row
 

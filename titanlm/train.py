@@ -357,9 +357,11 @@ class Trainer:
                 metrics.setdefault("lr", lr)
         metrics |= {"tokens": float(self.progress.tokens), "total_steps": float(self.config.train.steps)}
         metrics |= self.meter.report(remaining_steps=self.config.train.steps - self.progress.step)
+        counts = self.loader.counts()
+        metrics |= {f"data/{name}": float(counts[name]) for name in ("documents", "passed_over", "unreadable")}
         self.loggers.log(self.progress.step, metrics)
         self._reset_interval()
-        if (unreadable := self.loader.counts()["unreadable"]) > self.unreadable:
+        if (unreadable := counts["unreadable"]) > self.unreadable:
             self.unreadable = unreadable
             where = f"`titanlm data state {self.folder.path}` names the first of them after the next checkpoint"
             self.loggers.message(f"WARNING: {unreadable:,} rows of the data could not be read and were passed over so far; {where}")

@@ -202,6 +202,11 @@ class TextDocuments:
         """Rows passed over so far because they cannot be read."""
         return self._counts["unreadable"]
 
+    @property
+    def passed_over(self) -> int:
+        """Rows so far that have no text, or that a filter refused."""
+        return self._counts["empty"] + self._counts["filtered"]
+
     def __iter__(self) -> Iterator[Document]:
         return self
 

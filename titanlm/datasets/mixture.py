@@ -91,6 +91,11 @@ class Mixture:
         """Rows of all sources passed over so far because they cannot be read."""
         return sum(getattr(dataset, "unreadable", 0) for dataset in self._datasets)
 
+    @property
+    def passed_over(self) -> int:
+        """Rows of all sources so far that have no text, or that a filter refused."""
+        return sum(getattr(dataset, "passed_over", 0) for dataset in self._datasets)
+
     def __iter__(self) -> Iterator[Document]:
         return self
 
