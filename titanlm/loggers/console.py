@@ -158,7 +158,7 @@ def _fields(metrics: Mapping[str, float]) -> Iterator[str]:
         elif name == "mfu" and "tokens_per_s" in metrics:
             yield "MFU n/a"
     for name, value in metrics.items():
-        counted = name.startswith("data/") or (name.startswith("source/") and name.endswith("/tokens"))  # in metrics.jsonl; too long for a line
+        counted = name.startswith("data/") or (name.startswith("source/") and name.endswith("/tokens"))  # in metrics.jsonl, too long here
         if name not in _QUALITY and name not in _SPEED and name not in _UNSAID and not name.startswith("lr/") and not counted:
             yield f"{printable(name)} {value:.4g}"
 
