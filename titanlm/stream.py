@@ -27,7 +27,8 @@ class Stream:
     def __init__(self, dataset: Dataset, packer: Packer, tokenizer: Tokenizer) -> None:
         self._dataset, self._packer, self._tokenizer = dataset, packer, tokenizer
         self.counts = {"documents": 0, "text_bytes": 0, "uncounted_bytes": 0, "unreadable": 0, "passed_over": 0}
-        """Documents read, the UTF-8 length of their texts, how much of it their tokens do not account for (may be negative); rows that could not be read, and those without text or refused by a filter."""
+        """Documents read; the UTF-8 length of their texts, and how much of it their tokens do not account for (may be negative);
+        rows that could not be read; rows without text or refused by a filter."""
 
         self.passed: dict[str, int] = {}
         """What the last pass over a validation split read, as ``counts``."""
