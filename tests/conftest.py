@@ -9,7 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 import string
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,3 +80,21 @@ keep_last = 10
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Any]:
+    """Forks ranks from a process that has torch already (``tests/zygote.py``)."""
+    import importlib.util
+    import sys
+
+    path = Path(__file__).with_name("zygote.py")
+    spec = importlib.util.spec_from_file_location("zygote", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["zygote"] = module
+    spec.loader.exec_module(module)
+    server = module.Zygote()
+    yield server
+    server.close()

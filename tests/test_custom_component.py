@@ -137,7 +137,7 @@ def test_trains_exports_and_resumes_to_the_bit(site: Path, folder: Path) -> None
     straight = train(site, folder, "straight", 20, "--export.at_end=true", "--export.max_bytes=75_000")
     assert 0.97 * 75_000 < (straight / "artifact.titanlm").stat().st_size <= 75_000
     stopped = train(site, folder, "stopped", 7)
-    state, _ = checkpoint.load(stopped / "checkpoints" / "step-00000007")
+    state = checkpoint.load(stopped / "checkpoints" / "step-00000007").state
     assert any(stream["packer"]["waiting"] for stream in state["data"]["streams"].values()), "no buffer was in play"
     assert train(site, folder, "stopped", 20) == stopped
     assert losses(stopped) == losses(straight)

@@ -136,7 +136,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def average_of(run: Path, step: int) -> dict[str, Tensor]:
-    average: dict[str, Tensor] = checkpoint.load(run / "checkpoints" / f"step-{step:08d}")[0]["averagers"][0]["average"]
+    average: dict[str, Tensor] = checkpoint.load(run / "checkpoints" / f"step-{step:08d}").state["averagers"][0]["average"]
     return average
 
 
@@ -325,7 +325,7 @@ def test_an_adapter_is_trained_alone_and_merged(tiny: Path, components: None) ->
     with Trainer(load(tiny, ["--run.name=fresh"])) as fresh:
         initial = {name: parameter.detach().clone() for name, parameter in fresh.model.named_parameters()}
     run = train(tiny, "--adapter=lora", "--export.dtype=float32")
-    state = checkpoint.load(run / "checkpoints" / "step-00000008")[0]
+    state = checkpoint.load(run / "checkpoints" / "step-00000008").state
     added = {f"{path}.{part}" for path in Lora.PATHS for part in "ab"}
     assert state["model"].keys() == initial.keys() | added
     for name, tensor in initial.items():

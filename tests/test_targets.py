@@ -75,7 +75,7 @@ def test_damage_is_named_when_a_target_is_opened(run: Path) -> None:
 
 # ---------------------------------------------------------------- what is opened
 def test_the_three_kinds(run: Path) -> None:
-    state = checkpoint.load(run / "checkpoints" / "step-00000004")[0]
+    state = checkpoint.load(run / "checkpoints" / "step-00000004").state
     raw, averaged, artifact = open_target(run, averaged=False), open_target(run), open_target(run / "artifact.titanlm")
     assert [target.weights for target in (raw, averaged, artifact)] == ["raw", "averaged", "artifact"]
     assert [target.device for target in (raw, averaged, artifact)] == [torch.device("cpu")] * 3

@@ -97,6 +97,10 @@ class Batch:
         """The same batch in page-locked memory, from which copies to a GPU do not block."""
         return replace(self, **{field.name: getattr(self, field.name).pin_memory() for field in fields(Row)})
 
+    def unlabelled(self) -> Batch:
+        """The same batch with nothing to predict."""
+        return replace(self, labels=self.labels.new_full(self.labels.shape, IGNORE), target_bytes=self.target_bytes.new_zeros(self.target_bytes.shape))
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
         return replace(self, **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(Row)})

@@ -44,7 +44,9 @@ class Best:
         return bool(self.metric) and metrics.get(self.metric, math.nan) < self.value
 
     def now(self, metrics: Mapping[str, float], step: int) -> Best:
-        """The step is the best; its checkpoint is there already."""
-        best = replace(self, value=metrics[self.metric], step=step)
-        write_atomic(self.folder / "best.json", json.dumps({"metric": best.metric, "value": best.value, "step": step}))
-        return best
+        """The step is the best."""
+        return replace(self, value=metrics[self.metric], step=step)
+
+    def write(self) -> None:
+        """To be read by the next start; its checkpoint is there already."""
+        write_atomic(self.folder / "best.json", json.dumps({"metric": self.metric, "value": self.value, "step": self.step}))

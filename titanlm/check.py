@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 
 from titanlm.config import RunConfig, Validation
 from titanlm.datasets.files import OfflineError, offline
+from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, claim
@@ -76,6 +77,9 @@ def _check(config: RunConfig) -> Report:
         report.warnings.append("train.sample_prompt: empty; samples start from an empty document")
     if config.profile is not None and config.profile.start > train.steps:
         report.warnings.append(f"profile.start: {config.profile.start} lies after the last step, {train.steps}; nothing will be profiled")
+    world = report.attempt("parallel", World.from_environment)
+    if world is not None:
+        report.problems += _parallel_problems(config, world)
     _check_data(config, report)
     if report.tokenizer is not None:
         report.model = report.attempt("model", lambda: build_model(config, report.tokenizer))
@@ -154,15 +158,30 @@ def _check_data(config: RunConfig, report: Report) -> None:
         longest = getattr(config.model.config, "max_positions", None)
         report.attempt("train.sample_prompt", lambda: prompt_ids(tokenizer, config.train.sample_prompt, longest))
     report.attempt("run", lambda: require_name(config.run.name))
-    world = report.attempt("parallel", World.from_environment)
-    if world is not None and config.data.n_streams % world.size:
-        report.problems.append(f"data.n_streams: {config.data.n_streams} streams cannot be shared out evenly among {world.size} ranks")
+
+
+def _parallel_problems(config: RunConfig, world: World) -> Iterator[str]:
+    """What does not fit together with so many ranks."""
+    parallel, train, n_streams = config.parallel, config.train, config.data.n_streams
+    if parallel.strategy == "none" and world.size > 1:
+        yield f"parallel.strategy: 'none' trains with one process and there are {world.size}; use 'replicate', or 'fsdp2' for models that fill a GPU"
+    if world.size > 1 and (train.global_batch % (train.micro_batch * world.size) or n_streams % world.size):
+        legal = [n for n in range(1, train.global_batch + 1) if train.global_batch % (train.micro_batch * n) == 0 and n_streams % n == 0]
+        rows = f"{train.global_batch} rows in micro-batches of {train.micro_batch}, and {n_streams} streams of data"
+        yield f"parallel: {rows}, cannot be shared out evenly among {world.size} ranks; {', '.join(map(str, legal)) or 'no number of'} ranks can"
+    shards = shards_of(parallel, world)
+    if parallel.strategy == "hsdp" and world.size % shards:
+        yield f"parallel.shards: groups of {shards} ranks cannot be made of {world.size}"
+    if parallel.shards is not None and parallel.strategy != "hsdp":
+        yield f"parallel.shards: only strategy 'hsdp' has groups, and it is {parallel.strategy!r}"
+    if parallel.cpu_offload and parallel.strategy not in ("fsdp2", "hsdp"):
+        yield f"parallel.cpu_offload: only strategies 'fsdp2' and 'hsdp' move parameters to host memory, and it is {parallel.strategy!r}"
 
 
 def _trained_on(config: RunConfig, entry: Validation) -> str | None:
     """A file of a validation set that the paths of the training data lead to as well. By name only: `titanlm data inspect --overlap` compares texts."""
     own = (entry.file,) if entry.file is not None else getattr(getattr(entry.dataset, "config", None), "validation_paths", ())
-    held_out = {os.path.realpath(os.path.expanduser(path)): path for path in own if "://" not in path}
+    held_out = {os.path.realpath(os.path.expanduser(path)): path for path in own if "://" not in path and "\0" not in path}
     for source in config.sources if held_out else ():  # a glob of many files takes time
         for path in getattr(source.dataset.config, "paths", ()):
             if "://" in path:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from titanlm import __version__
-from titanlm.errors import ConfigError, TitanError
+from titanlm.errors import ConfigError, PeerError, TitanError
+from titanlm.loggers.text import printable
 from titanlm.registry import KINDS, did_you_mean
 
 _OVERRIDE = re.compile(r"(--[A-Za-z0-9_.-]+)=.*", re.DOTALL)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit:  # argparse: --help, --version or a wrong option
         return int(exit.code or 0)
     except TitanError as error:
-        print(error, file=sys.stderr)
+        _report(error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -46,11 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _report(error: TitanError) -> None:
+    """Once a host for what every rank finds wrong with its input; of other errors each rank tells its own."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if isinstance(error, PeerError) or (isinstance(error, ConfigError) and local_rank != "0"):
+        return
+    text = printable(str(error))  # it may quote files and configs of strangers
+    print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr)
+
+
 # ---------------------------------------------------------------- verbs
 def _train(args: argparse.Namespace) -> int:
     from titanlm.config import load
 
     config = load(args.file, args.overrides)
+    if args.restarts and not args.dry_run:
+        from titanlm.supervisor import supervise
+
+        command = [sys.executable, "-m", "titanlm", "train", str(args.file), *args.overrides]
+        return supervise(Path(config.run.dir) / config.run.name, command, args.restarts)
     from titanlm.train import dry_run, train
 
     if args.dry_run:
@@ -91,9 +106,10 @@ def _generate(args: argparse.Namespace) -> None:
         step=args.step,
     )
     first = next(pieces, "")  # before the prompt is printed: an error comes alone
+    shown = printable if sys.stdout.isatty() else str  # a terminal would obey what a model makes up
     print(args.prompt, end="")
     for piece in itertools.chain([first], pieces):
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
 
 
@@ -125,7 +141,7 @@ def _config_check(args: argparse.Namespace) -> int:
                 raise ConfigError(report.problems, str(file))
         except TitanError as error:
             failed = True
-            print(error)
+            print(printable(str(error)))
             continue
         print(f"{file}: ok")
         for line in [*report.summary.splitlines(), *(f"warning: {warning}" for warning in report.warnings)]:
@@ -144,7 +160,7 @@ def _config_diff(args: argparse.Namespace) -> int:
 
     differences = diff(load(args.a, args.overrides), load(args.b, args.overrides))
     for path, before, after in differences:
-        print(f"{path}: {_shown(before)} → {_shown(after)}")
+        print(f"{printable(path)}: {_shown(before)} → {_shown(after)}")
     return int(bool(differences))
 
 
@@ -155,6 +171,29 @@ def _config_schema(args: argparse.Namespace) -> None:
 
     _import_outside(args.imports)
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+def _checkpoint_list(args: argparse.Namespace) -> None:
+    from titanlm.checkpoint_commands import listing
+
+    print(listing(args.run_dir, verify=args.verify, as_json=args.json))
+
+
+def _checkpoint_verify(args: argparse.Namespace) -> int:
+    from titanlm.checkpoint_commands import verification
+
+    sound = True
+    for line, ok in verification(args.paths, args.expect_sha256):
+        print(line, flush=True)
+        sound = sound and ok
+    return int(not sound)
+
+
+def _checkpoint_prune(args: argparse.Namespace) -> None:
+    from titanlm.checkpoint_commands import prune
+
+    for line in prune(args.run_dir, keep_last=args.keep_last, keep_every=args.keep_every, dry_run=args.dry_run):
+        print(line, flush=True)
 
 
 def _tokenizer_train(args: argparse.Namespace) -> None:
@@ -324,6 +363,7 @@ def _build_parser() -> _Parser:
     verb = add("train", _train, "train from a config file", "titanlm train train_configs/debug.toml --train.steps=100", overrides=True)
     verb.add_argument("file", metavar="FILE", type=Path, help="config file")
     verb.add_argument("--dry-run", action="store_true", help="build on the meta device, print parameters, FLOPs and memory, and stop")
+    verb.add_argument("--restarts", metavar="N", type=_count, default=0, help="start again up to so many times when training crashes (default: %(default)s)")
 
     verb = add("eval", _eval, "score a run, checkpoint or artifact", "titanlm eval runs/debug --validation.0.max_tokens=100000", overrides=True)
     _add_target(verb)
@@ -367,6 +407,8 @@ def _build_parser() -> _Parser:
     verb = config("schema", _config_schema, "print a JSON Schema for editors", "titanlm config schema > titanlm.schema.json")
     _add_imports(verb)
 
+    _add_checkpoint(_adder(add("checkpoint", None, "list, verify and prune the checkpoints of a run", "titanlm checkpoint list runs/debug")))
+
     tokenizer = _adder(add("tokenizer", None, "make, inspect and compare tokenizers", "titanlm tokenizer inspect spm.model"))
     _add_tokenizer_train(tokenizer)
     verb = tokenizer("inspect", _tokenizer_inspect, "say what a tokenizer is and whether text comes back", "titanlm tokenizer inspect spm.model")
@@ -400,6 +442,23 @@ def _build_parser() -> _Parser:
     verb = add("env", _env, "report versions and devices; with a config, what it lacks", "titanlm env train_configs/debug.toml", overrides=True)
     verb.add_argument("file", metavar="FILE", type=Path, nargs="?")
     return root
+
+
+def _add_checkpoint(checkpoint: Callable[..., _Parser]) -> None:
+    verb = checkpoint("list", _checkpoint_list, "say which there are, and which is the newest and the best", "titanlm checkpoint list runs/debug")
+    verb.add_argument("run_dir", metavar="RUN", help="run folder, or the URL that checkpoint.copy_to names")
+    verb.add_argument("--verify", action="store_true", help="read every byte (default: only manifests and sizes of files)")
+    verb.add_argument("--json", action="store_true", help="one line of JSON")
+    example = "titanlm checkpoint verify runs/debug\n  titanlm checkpoint verify runs/debug/checkpoints/step-00000100 --expect-sha256 HEX"
+    verb = checkpoint("verify", _checkpoint_verify, "read every byte and compare it with the manifest; status 1 if any is damaged", example)
+    verb.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="run folder (all its checkpoints) or checkpoint folder")
+    verb.add_argument("--expect-sha256", metavar="HEX", type=_sha256, help="what an earlier `verify` printed of the one checkpoint's manifest; finds tampering")
+    example = "titanlm checkpoint prune runs/debug --keep-last 2 --keep-every 1000 --dry-run"
+    verb = checkpoint("prune", _checkpoint_prune, "delete old checkpoints; the best and the newest sound one always stay", example)
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder in which nothing trains")
+    verb.add_argument("--keep-last", metavar="N", type=_positive, required=True, help="so many of the newest stay")
+    verb.add_argument("--keep-every", metavar="N", type=_positive, help="those of steps that are multiples of this stay")
+    verb.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
 
 
 def _add_tokenizer_train(tokenizer: Callable[..., _Parser]) -> None:
@@ -480,6 +539,12 @@ def _positive(text: str) -> int:
 
 def _count(text: str) -> int:
     return 0 if text == "0" else _positive(text)
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch(r"[0-9A-Fa-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no sha256, 64 hexadecimal digits")
+    return text.lower()
 
 
 def _adder(parser: _Parser) -> Callable[..., _Parser]:

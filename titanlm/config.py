@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from titanlm.config_sources import LISTS, KeyPath, Origins, Tables, import_modules, override, parse, read_file, where
-from titanlm.constraints import NonNegativeFloat, NonNegativeInt, PositiveInt
+from titanlm.constraints import NonNegativeFew, NonNegativeFloat, NonNegativeInt, PositiveInt, Size
 from titanlm.datasets.mixture import Source
 from titanlm.errors import ConfigError, RegistryError
+from titanlm.initial_load import InitialLoad
 from titanlm.registry import PYDANTIC_CONFIG, Component, Slot, did_you_mean, known, lookup
 
 MAX_PROBLEMS = 100
@@ -62,11 +63,11 @@ class Train:
 
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run, resumed ones included."""
-    seq_len: PositiveInt = 1024
+    seq_len: Size = 1024
     """Positions a row."""
-    global_batch: PositiveInt = 32
+    global_batch: Size = 32
     """Rows a step over all ranks."""
-    micro_batch: PositiveInt = 8
+    micro_batch: Size = 8
     """Rows a forward pass on each rank; gradient accumulation is global_batch / (micro_batch × ranks)."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 leaves gradients as they are."""
@@ -80,7 +81,11 @@ class Train:
     seed: NonNegativeInt = 42
     deterministic: bool = False
     """Only deterministic kernels: equal runs are then bitwise equal."""
-    threads: NonNegativeInt = 0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: end the run before the update, or pass over the step, whose documents are written down."""
+    max_skipped: PositiveInt = 10
+    """With on_nonfinite = "skip": more steps in a row end the run."""
+    threads: NonNegativeFew = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     gc_every: NonNegativeInt = 100
     """Steps between collections of Python's garbage; between them the collector is off. 0 leaves it to Python."""
@@ -95,12 +100,50 @@ class Train:
 
 
 @section
+class Parallel:
+    """How the ranks of a run share its work. Launch them with `torchrun`."""
+
+    strategy: Literal["none", "replicate", "fsdp2", "hsdp"] = "none"
+    """none: one process. replicate: the whole model on every rank. fsdp2: a part of every parameter, gradient and moment on each.
+    hsdp: parts within groups of `shards` ranks, copies over the groups."""
+    shards: PositiveInt | None = None
+    """hsdp: ranks that share one copy; None: those of one host."""
+    reshard_after_forward: bool = True
+    """Let a block's parameters go after its forward pass and gather them again for backward; false trades memory for traffic."""
+    gather_dtype: Literal["fp32", "compute"] = "fp32"
+    """What a block's parameters are gathered in: fp32 gives the numbers of one process; compute halves the traffic of a bf16 run and its kept
+    casts, but rounds norms too."""
+    prefetch_blocks: NonNegativeInt = 0
+    """Blocks gathered ahead of the one that runs; 0 leaves it to FSDP2, which gathers one ahead."""
+    cpu_offload: bool = False
+    """Parameters, gradients and moments live in host memory, and the optimizer runs there."""
+    timeout_s: NonNegativeFloat = 300.0
+    """Seconds without progress after which a rank counts as hanging and the run ends; 0 waits for ever."""
+    init_timeout_s: NonNegativeFloat = 1800.0
+    """The same for the start and the first step, which may have to compile."""
+
+
+@section
+class Spike:
+    """Rollback when the loss jumps and does not come back. Looked for at log steps."""
+
+    sigmas: NonNegativeFloat = 0.0
+    """Standard deviations above the mean of the last healthy log steps; 0: no rollback."""
+    window: PositiveInt = 128
+    """Healthy log steps that the mean is taken over."""
+    patience: PositiveInt = 2
+    """Log steps in a row that must lie above."""
+    max_rollbacks: PositiveInt = 3
+    """More end the run."""
+
+
+@section
 class Data:
     """How documents become batches."""
 
     source: tuple[Source, ...] = ()
     """Datasets that are mixed, in place of `dataset`."""
-    n_streams: PositiveInt = 64
+    n_streams: Size = 64
     """Logical streams, each with its own cursor and packing buffer; ranks and workers share them out."""
     epochs: NonNegativeInt = 0
     """Training ends after so many passes over the data, if `train.steps` does not end it before; 0 repeats it as long as steps need."""
@@ -110,9 +153,9 @@ class Data:
     """Attention, positions and labels stop at document boundaries; false: plain causal over the row."""
     boundary_label: Literal["ignore", "next"] = "ignore"
     """With document_mask, what a document's last token predicts: nothing, or the first token of the next (for data whose BOS is the only separator)."""
-    workers: NonNegativeInt = 0
+    workers: NonNegativeFew = 0
     """Processes that tokenise and pack, on each rank; 0: the trainer's own. Token shards need none."""
-    prefetch: NonNegativeInt = 2
+    prefetch: NonNegativeFew = 2
     """Steps built ahead by a background thread; 0 builds each when it is asked for."""
     start: str = ""
     """Where a new run takes up the data: a run or checkpoint folder of the same data, or a file of `titanlm data state --import`."""
@@ -128,8 +171,20 @@ class Checkpoint:
     """Newest checkpoints kept."""
     best: str = ""
     """Metric of a validation set by which the best checkpoint is kept besides, such as `validation/held_out/bits_per_byte`; less is better."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are multiples of this are kept for good; 0: none."""
+    asynchronous: bool = True
+    """Write in the background: training waits only while the state is copied to host memory, which costs room for one more copy there."""
+    save_only_model: bool = False
+    """Save weights and average alone, about a third of the bytes; such a run cannot be resumed, only taken up with `initial_load`."""
+    initial_load: InitialLoad | None = None
+    """Weights that a new run begins with, from another run, a checkpoint, an artifact or safetensors; optimizer, data and step are fresh."""
+    copy_to: str = ""
+    """Folder or URL (s3://bucket/run) that gets a copy of every checkpoint; a run folder without checkpoints is filled from it."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest valid checkpoint of the run folder; never: refuse a folder that has one."""
+    allow_changes: tuple[str, ...] = ()
+    """Settings, or whole sections, that may differ from the checkpoint's although the run will then not go on as it began."""
 
 
 @section
@@ -145,9 +200,9 @@ class Validation:
     split: Literal["train", "validation"] = "validation"
     max_tokens: NonNegativeInt = 0
     """Stop after so many positions; 0 scores the whole split."""
-    seq_len: PositiveInt | None = None
+    seq_len: Size | None = None
     """Positions a row; None: `train.seq_len`."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: Size | None = None
     """Rows a forward pass; None: `train.micro_batch`."""
     every: PositiveInt | None = None
     """Steps between scorings of this set; None: `train.validate_every`. The end of a run always scores it."""
@@ -214,6 +269,8 @@ class RunConfig:
     """Each parameter goes to the first whose patterns match it."""
     run: Run = field(default_factory=Run)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+    spike: Spike = field(default_factory=Spike)
     data: Data = field(default_factory=Data)
     tokenizer: Annotated[Component, Slot("tokenizer")] = _default("tokenizer")
     dataset: Annotated[Component, Slot("dataset")] | None = None
@@ -430,6 +487,9 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
+NOT_YET = re.compile("tensor|pipeline|context|expert|sequence")
+"""Kinds of parallelism that a user may look for."""
+
 _EXPECTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
@@ -452,7 +512,8 @@ def _messages(error: Any, root: type, tables: Any) -> Iterable[tuple[KeyPath, st
             yield path, "nested too deeply"
         elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
             owner, names = _fields_at(root, tables, path[:-1])
-            yield path, f"unknown key{owner}{did_you_mean(str(path[-1]), names)} (keys: {', '.join(names)})"
+            planned = _planned(path, path[-1])
+            yield path, planned or f"unknown key{owner}{did_you_mean(str(path[-1]), names)} (keys: {', '.join(names)})"
         elif kind in ("missing", "missing_argument"):
             if path and isinstance(path[-1], int):
                 yield path[:-1], f"too short: item {path[-1]} is missing (counted from 0)"
@@ -465,7 +526,7 @@ def _messages(error: Any, root: type, tables: Any) -> Iterable[tuple[KeyPath, st
         elif kind == "literal_error":
             choices = re.findall(r"'([^']*)'", context["expected"])
             hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-            yield path, f"expected {context['expected']}, got {_shown(value)}{hint}"
+            yield path, _planned(path, value) or f"expected {context['expected']}, got {_shown(value)}{hint}"
         elif kind == "value_error":
             for line in str(context["error"]).splitlines():
                 name, colon, text = line.partition(": ")
@@ -474,6 +535,13 @@ def _messages(error: Any, root: type, tables: Any) -> Iterable[tuple[KeyPath, st
         else:
             text = item["msg"].removeprefix("Input should be ").replace("greater", "a number greater").replace("less", "a number less", 1)
             yield path, item["msg"] if text == item["msg"] else f"expected {text}, got {_shown(value)}"
+
+
+def _planned(path: KeyPath, word: Any) -> str:
+    """What to say to one who looks for a kind of parallelism that does not exist yet; nothing to others."""
+    found = NOT_YET.search(str(word)) if path[:1] == ("parallel",) else None
+    pointer = 'strategy = "fsdp2" shards over all ranks (docs/distributed.md says what there is)'
+    return f"{found[0]} parallelism does not exist yet; {pointer}" if found else ""
 
 
 def _shown(value: Any) -> str:

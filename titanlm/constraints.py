@@ -12,6 +12,11 @@ from annotated_types import Ge, Gt, Interval
 
 PositiveInt = Annotated[int, Gt(0)]
 NonNegativeInt = Annotated[int, Ge(0)]
+Size = Annotated[int, Interval(gt=0, le=1 << 24)]
+"""Of something held in memory in one piece; without a bound a slip of the finger would take all memory before anything could object."""
+NonNegativeFew = Annotated[int, Interval(ge=0, le=10_000)]
+"""A number of processes, threads or layers, which are made one by one; bounded likewise."""
+PositiveFew = Annotated[int, Interval(gt=0, le=10_000)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]

@@ -10,8 +10,8 @@ State is the row counter and, for every stream, the dataset's cursor and the
 packer's buffer. Arrays in it are shared, never changed, so a state is taken
 after every step at no cost.
 
-A stream that has come to the end of its data gives padding; when no row of a
-step has a label left, the data has ended.
+A stream that has come to the end of its data gives padding; when no rank has a
+row left for a step, the data has ended.
 
 Rows are made in this process or by worker processes (``titanlm.workers``).
 The loader builds ahead of the training loop in one thread, for the phase that
@@ -27,13 +27,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from titanlm.batch import IGNORE, Batch, Row, padding, stacked
+from titanlm.distributed.world import Peers
 from titanlm.errors import DataError
 from titanlm.packers.boundaries import BoundaryLabel, document_starts, finish
 from titanlm.progress import Phase
@@ -61,6 +62,19 @@ class StepData:
     """(M,) int64, valid labels of each source of a mixture, on this rank."""
     document_ids: tuple[int, ...]
     """Documents that this rank's rows touch, ascending."""
+    exhausted: bool = False
+    """Every row is padding, because none of this rank's streams has one left."""
+
+    def over(self, peers: Peers) -> StepData:
+        """The same step with the counts of all ranks, and this rank's batches and documents. Collective.
+
+        Raises DataEnded on every rank when all of them are exhausted.
+        """
+        remaining, *counts = peers.sum([not self.exhausted, self.n_valid, self.n_tokens, self.n_bytes, *self.source_tokens.tolist()])
+        if not remaining:
+            raise DataEnded("the training data has been read as often as `epochs` says")
+        n_valid, n_tokens, n_bytes, *source_tokens = counts
+        return replace(self, n_valid=n_valid, n_tokens=n_tokens, n_bytes=n_bytes, source_tokens=np.array(source_tokens), exhausted=False)
 
 
 @dataclass(frozen=True)
@@ -118,8 +132,7 @@ class Loader:
         """The next step in the shape of ``phase``; blocks until it is built.
 
         Raises what went wrong while building it; the streams are then where
-        they were before. DataEnded when none of this rank's streams has a row
-        left; with several ranks they must agree on which step is the last.
+        they were before.
         """
         started = time.perf_counter()
         if self._ahead and _shape(self._ahead[0][0]) != _shape(phase):
@@ -219,16 +232,15 @@ class Loader:
             number = g % self._n_streams
             touched[number] = None
             rows.append(self._rows.next_row(number, phase.seq_len))
-        if all(row is None for row in rows):
-            raise DataEnded("the training data has been read as often as `epochs` says")
         self._built = _Mark(
             end,
             {**self._built.states, **{number: self._rows.state(number) for number in touched}},
             {**self._built.counts, **{number: self._rows.counts(number) for number in touched}},
         )
-        return self._step_data([padding(phase.seq_len) if row is None else row for row in rows], phase), self._built
+        return self._step_data(rows, phase), self._built
 
-    def _step_data(self, rows: list[Row], phase: Phase) -> StepData:
+    def _step_data(self, found: list[Row | None], phase: Phase) -> StepData:
+        rows = [padding(phase.seq_len) if row is None else row for row in found]
         # One micro-batch after the other: arrays that fit a cache are worked on faster than those of a whole step.
         parts = [self._micro_batch(rows[start : start + phase.micro_batch]) for start in range(0, len(rows), phase.micro_batch)]
         documents = np.unique(np.concatenate([part.documents for part in parts]))
@@ -239,6 +251,7 @@ class Loader:
             n_bytes=sum(part.n_bytes for part in parts),
             source_tokens=np.sum([part.source_tokens for part in parts], axis=0),
             document_ids=tuple(documents[documents >= 0].tolist()),
+            exhausted=all(row is None for row in found),
         )
 
     def _micro_batch(self, rows: list[Row]) -> _MicroBatch:

@@ -26,6 +26,7 @@ import numpy as np
 
 from titanlm import checkpoint
 from titanlm.config import RunConfig, loads, to_tables
+from titanlm.data import merge_states
 from titanlm.errors import DataError
 from titanlm.runs import write_atomic
 from titanlm.stream import Stream, streams_of
@@ -200,8 +201,11 @@ def _of_run(run: Path) -> tuple[Path, dict[str, Any], RunConfig]:
     from titanlm.targets import find_checkpoint
 
     folder = find_checkpoint(run)
-    state, text = checkpoint.load(folder)
-    config = loads(text, f"{folder}/config.toml")
+    saved = checkpoint.load(folder)
+    config = loads(saved.config_toml, f"{folder}/config.toml")
+    if not all("data" in own for own in saved.ranks):
+        raise DataError(f"{folder}: holds weights alone (checkpoint.save_only_model), and does not say where the data stood")
+    state = {**saved.state, "data": merge_states([own["data"] for own in saved.ranks])}
     behind = {number: stream for number, stream in state["data"]["streams"].items() if "replay" in stream}
     if behind:  # saved by a run with workers: some rows before where it stood
         longest = max(stream["replay"]["seq_len"] for stream in behind.values())

@@ -40,3 +40,7 @@ class ArtifactError(TitanError):
 
 class NonFiniteError(TitanError):
     """A loss or gradient that is not finite; carries step and document ids."""
+
+
+class PeerError(TitanError):
+    """Another rank failed, which says so itself; this one only ends with it."""

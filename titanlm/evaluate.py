@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from titanlm.batch import Batch
 from titanlm.config import FILE_DATASETS, RunConfig, Validation
 from titanlm.data import validation_batches
 from titanlm.datasets.mixture import Source
+from titanlm.distributed.world import Peers
 from titanlm.errors import DataError
 from titanlm.metrics import bits_per_byte, perplexity
 from titanlm.registry import Component
@@ -112,19 +114,22 @@ def pad_id(tokenizer: Any) -> int:
 
 
 @torch.no_grad()
-def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callable[[], None] = lambda: None) -> Scores:
+def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callable[[], None] = lambda: None, peers: Peers | None = None) -> Scores:
     """Score a TrainModule on a set, without touching random numbers or the training data.
 
     ``poll`` is called before each batch and may raise to end the scoring.
-    Raises DataError when the set has not one label to score.
+    With ``peers`` the ranks take batches in turn, equally many each, so that
+    sharded ranks gather together; all of them read the whole set. Raises
+    DataError when the set has not one label to score.
     """
+    peers = Peers() if peers is None else peers
     was_training = module.training
     module.eval()
     # Sums in float64: a validation set may have more tokens than fp32 can count.
     nll = torch.zeros((), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
     try:
-        for batch in entry.batches():
+        for batch in in_turn(entry.batches(), peers):
             poll()
             n_tokens += int((batch.labels >= 0).sum())  # on the CPU, before the copy
             n_bytes += int(batch.target_bytes.sum())
@@ -132,11 +137,20 @@ def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callabl
             nll += sums.nll.sum()
     finally:
         module.train(was_training)
+    n_tokens, n_bytes = peers.sum([n_tokens, n_bytes])
+    peers.add_(nll)
     if not n_tokens:
         raise DataError(f"validation set {entry.name!r}: its text has no token that follows another, so there is nothing to score")
     total = float(nll)
     passed = entry.stream.passed
     return Scores(total / n_tokens, n_tokens, n_bytes, total, passed["text_bytes"], passed["uncounted_bytes"])
+
+
+def in_turn(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
+    """Every ``size``-th batch, and at the end one without labels where others still have one."""
+    remaining = iter(batches)
+    while turn := list(islice(remaining, peers.size)):
+        yield turn[peers.rank] if peers.rank < len(turn) else turn[0].unlabelled()
 
 
 def evaluate_target(

@@ -81,8 +81,9 @@ def export_run(
     import_outside(imports)
     chosen = choose_device(device)
     folder = find_checkpoint(run, step).absolute()
-    state, text = checkpoint.load(folder)
-    config = loads(text, f"{folder}/config.toml", overrides)
+    saved = checkpoint.load(folder)
+    state = saved.state
+    config = loads(saved.config_toml, f"{folder}/config.toml", overrides)
     if config.fitter is not None and config.export.max_bytes is None:
         raise ConfigError([f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set"], "export")
     tokenizer = config.tokenizer.build()

@@ -393,7 +393,7 @@ def known(kind: str) -> dict[str, Origin]:
 
 def _builtin_file(kind: Kind, name: str) -> Path | None:
     """The file that registers a built-in component; helpers in the same folder register nothing."""
-    if not name.isidentifier():
+    if not name.isidentifier() or len(name.encode()) > 200:  # file systems refuse longer names with an error
         return None
     path = Path(__file__).parent / kind.folder / f"{name}.py"
     return path if path.is_file() and _registers(path, kind.name, name) else None

@@ -157,6 +157,8 @@ class RunFolder:
         cannot be written, or when another process trains in it.
         """
         require_name(name)
+        if "\0" in str(root):
+            raise TitanError(f"run.dir: {str(root)!r} is no path: there is a zero byte in it")
         path = Path(root) / name
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)

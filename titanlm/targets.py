@@ -122,8 +122,9 @@ def open_target(
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise TitanError(f"{path}: no such run folder, checkpoint folder or artifact file{did_you_mean(path.name, beside)}")
     folder = find_checkpoint(path, step)
-    state, text = checkpoint.load(folder)
-    config = loads(text, f"{folder}/config.toml", overrides)
+    saved = checkpoint.load(folder)
+    state = saved.state
+    config = loads(saved.config_toml, f"{folder}/config.toml", overrides)
     tokenizer = config.tokenizer.build()
     require_tokenizer(tokenizer, state["fingerprints"]["tokenizer"], str(folder))
     weights, label = state["model"], "raw"

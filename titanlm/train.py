@@ -2,10 +2,13 @@
 
 ``Trainer.__init__`` is a checklist in the order in which things depend on one
 another. ``train`` is the loop with everything that happens between steps.
-``train_step`` is the step itself, the same for every feature: what differs is
-in the components.
+``train_step`` is the step itself, the same for every feature and every number
+of ranks: what differs is in the components and in the strategy.
 
-Launch: ``titanlm train FILE`` or ``torchrun -m titanlm.train FILE``.
+Every rank runs the same code. Where ranks could come to different conclusions
+(a signal, a bad row, the end of the data) they agree first (``Peers``).
+
+Launch: ``titanlm train FILE`` or ``torchrun --nproc-per-node=N -m titanlm.train FILE``.
 """
 
 from __future__ import annotations
@@ -13,35 +16,48 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from titanlm import checkpoint, randomness
 from titanlm.best import Best
 from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
+from titanlm.checkpoint import Saved
 from titanlm.config import RunConfig, dump
-from titanlm.data import DataEnded, Loader, StepData
+from titanlm.data import DataEnded, Loader, StepData, merge_states
 from titanlm.data_state import start_state
 from titanlm.distributed import activation_checkpointing
 from titanlm.distributed.compile import compile_module
-from titanlm.distributed.world import World
+from titanlm.distributed.process_group import connected
+from titanlm.distributed.slices import whole
+from titanlm.distributed.strategy import build_strategy
+from titanlm.distributed.watchdog import Watchdog
+from titanlm.distributed.world import Peers, World
 from titanlm.environment import requirements
-from titanlm.errors import CheckpointError, ConfigError, DataError, TitanError
-from titanlm.evaluate import ValidationSet, pad_id, score
+from titanlm.errors import CheckpointError, ConfigError, DataError, PeerError, TitanError
+from titanlm.evaluate import Scores, ValidationSet, pad_id, score
 from titanlm.guard import FiniteGuard
 from titanlm.interrupts import Interrupted, Interrupts
+from titanlm.interval import Interval
 from titanlm.loggers.group import LoggerGroup
 from titanlm.metrics import StepMeter, bits_per_byte, peak_flops
 from titanlm.patterns import NamedParam
-from titanlm.precision import set_precision
+from titanlm.precision import DTYPES, set_precision
 from titanlm.profiling import ProfileWindow
 from titanlm.progress import Phase, Phases, Progress
-from titanlm.resume import Earlier, find_earlier
+from titanlm.resume import find_earlier
 from titanlm.runs import RunFolder, write_atomic
+from titanlm.saver import Saver
+from titanlm.spikes import SpikeDetector
 from titanlm.stream import streams_of
 from titanlm.tokenizers.fingerprint import difference
 from titanlm.train_module import TrainModule
@@ -51,21 +67,34 @@ CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 """What torch says where no CUDA allocator is asked."""
 
 
-def choose_device(name: str) -> torch.device:
-    """Raises TitanError when CUDA is asked for and absent."""
+LOST_CONNECTION = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+"""What torch says where the other end of a collective is gone."""
+ECHO_S = 3.0
+"""A launcher hands on the signal that a terminal gave to every process already; so soon a second one is that."""
+SAVE_BOUND_S = 20.0
+"""How long a trainer that ends waits for a save under way; launchers kill 30 s after SIGTERM."""
+SKIPPED = "skipped_steps.jsonl"
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The rank's device. Raises TitanError when CUDA is asked for and absent, or has fewer GPUs than the host has ranks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise TitanError("no CUDA device is available here; use 'cpu' or 'auto' (`titanlm env` says what there is)")
-    return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise TitanError(f"local rank {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; lower --nproc-per-node")
+    return torch.device("cuda", local_rank)
 
 
 class Trainer:
-    """One run on this process. Use as a context manager, so that locks and files are released."""
+    """One rank of a run. Use as a context manager, so that locks, files and connections are released."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        train = config.train
+        train, parallel = config.train, config.parallel
 
         # 1. Everything that can be wrong is found before a device is touched or a file written.
         report = preflight(config)
@@ -75,35 +104,52 @@ class Trainer:
         randomness.set_deterministic(train.deterministic)
         if train.threads:
             torch.set_num_threads(train.threads)
-        self.device = choose_device(train.device)
+        self.device = choose_device(train.device, self.world.local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         randomness.seed_everything(train.seed, self.world.rank)
 
-        # 3. The run folder, locked: two trainers in one would overwrite each other's checkpoints.
-        self.folder = RunFolder.open(Path(config.run.dir), config.run.name)
-        self.checkpoints = self.folder.checkpoints
-        self.loggers = LoggerGroup([])
-        try:
-            # 4. What an earlier start of this run left; a config that may not go on from it is not recorded.
-            earlier = find_earlier(config, self.checkpoints)
-            self.folder.record(dump(config))
-            self._build(report, earlier)
-        except BaseException:
-            self.loggers.close()
-            self.folder.close()
-            raise
+        with ExitStack() as opened:
+            # 3. The other ranks.
+            store = None
+            if parallel.strategy != "none":
+                times = {"timeout_s": parallel.timeout_s, "init_timeout_s": parallel.init_timeout_s}
+                store = opened.enter_context(connected(self.world, self.device, **times))
+            self.peers = Peers(self.world)
 
-    def _build(self, report: Report, earlier: Earlier | None) -> None:
-        config, train = self.config, self.config.train
-        checkpoint.sweep(self.checkpoints)
-        self.loggers = LoggerGroup([logger.build(run_dir=self.folder.path) for logger in config.logger])
+            # 4. The run folder, locked: two trainers in one would overwrite each other's checkpoints.
+            self.folder = open_folder(config, self.peers)
+            opened.callback(self.folder.close)
+            self.checkpoints = self.folder.checkpoints
 
-        # 5. Tokenizer, then data: streams know its ids, and the model its vocabulary.
+            # 5. What an earlier start of this run left; a config that may not go on from it is not recorded.
+            self.peers.first(lambda: checkpoint.sweep(self.checkpoints))
+            earlier = find_earlier(config, self.checkpoints, self.peers)
+            self.peers.first(lambda: self.folder.record(dump(config)))
+
+            self.loggers = LoggerGroup([logger.build(run_dir=self.folder.path) for logger in config.logger] if self.world.rank == 0 else [])
+            opened.callback(self.loggers.close)
+            self.watchdog = Watchdog(
+                timeout_s=parallel.timeout_s,
+                first_timeout_s=parallel.init_timeout_s,
+                rank=self.world.rank,
+                size=self.world.size,
+                store=store,
+                folder=self.folder.path,
+            )
+            self._build(report, earlier, opened)
+            self._opened = opened.pop_all()
+
+    def _build(self, report: Report, earlier: Saved | None, opened: ExitStack) -> None:
+        config, train, parallel = self.config, self.config.train, self.config.parallel
+
+        # 6. Tokenizer, then data: streams know its ids, and the model its vocabulary.
         self.tokenizer = report.tokenizer
         self.phases = Phases([(0, first_phase(config, self.world))])
         data = config.data
         streams = streams_of(config, self.tokenizer, seq_len=self.phases.max_seq_len)
         self.fingerprints = {"tokenizer": self.tokenizer.fingerprint, "dataset": streams[0].fingerprint}
-        self.start = start_state(config, streams, self.fingerprints) if data.start and earlier is None else None
+        start = start_state(config, streams, self.fingerprints) if data.start and earlier is None else None
         self.loader = Loader(
             streams,
             world_size=self.world.size,
@@ -115,24 +161,28 @@ class Trainer:
             workers=data.workers,
             pin=self.device.type == "cuda",
         )
+        opened.callback(self.loader.close)
 
-        # 6. Model on the meta device, changed by adapter and quantizers; nothing is allocated yet.
+        # 7. Model on the meta device, changed by adapter and quantizers; nothing is allocated yet.
         model = build_model(config, self.tokenizer)
-
-        # 7. Recomputation is set up before the model is compiled, so that the compiler plans it.
-        activation_checkpointing.apply(model.blocks, train.activation_checkpointing)
-
-        # 8. Memory and initial weights, drawn by seed and name and so the same on every device and world size.
-        model.to_empty(device=self.device)
-        initialise(model, train.seed)
-        self.module = TrainModule(model, config.loss.build()).train()
         self.model: Any = model
+        self.module = TrainModule(model, config.loss.build()).train()
         set_precision(self.module, train.precision)
 
-        # 9. Compiled in place: state keeps its names. Each phase's shapes compile once.
-        self.compiled = compile_module(self.module, train.compile)
+        # 8. Recomputation, then sharding, both around a block's forward pass: what is recomputed is what was gathered.
+        activation_checkpointing.apply(model.blocks, train.activation_checkpointing)
+        self.strategy = build_strategy(parallel, self.world, self.device, DTYPES[train.precision])
+        self.strategy.shard(self.module)
 
-        # 10. Optimizers over the materialised parameters; each knows its peak learning rate.
+        # 9. Memory and initial weights, drawn whole by seed and name, then sliced: the same on every device and at every world size.
+        model.to_empty(device=self.strategy.parameter_device(self.device))
+        initialise(model, train.seed)
+
+        # 10. Compiled in place: state keeps its names. Each phase's shapes compile once.
+        self.compiled = compile_module(self.module, train.compile)
+        self.forward = self.strategy.wrap(self.module)
+
+        # 11. Optimizers over the materialised parameters; each knows its peak learning rate.
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         parameters, roles = dict(model.named_parameters()), roles_of(model)
         self.optimizers = [
@@ -142,63 +192,89 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak_lr"] = float(group["lr"])
-        stored = self.model.state_dict()
+        stored = model.state_dict()
         self.own_buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scheduler = config.scheduler.build(total_steps=train.steps)
         self.averagers = [config.averager.build(model=model)] if config.averager is not None else []
         self.hooks = [module.on_step_end for module in model.modules() if hasattr(module, "on_step_end")]
 
-        # 11. What watches and reports.
-        self.guard = FiniteGuard(self.optimizers, self.device, remember=train.log_every + 1)
-        self.meter = StepMeter(self.model.flops_per_token(self.phases.max_seq_len), peak_flops(self.device), self.device)
+        # 12. What watches, saves and reports.
+        self.guard = FiniteGuard(
+            self.optimizers,
+            self.device,
+            remember=train.log_every + 1,
+            on_nonfinite=train.on_nonfinite,
+            needs_host=bool(self.averagers or self.hooks),
+            max_in_a_row=train.max_skipped,
+        )
+        self.spikes = SpikeDetector(config.spike.sigmas, config.spike.window, config.spike.patience)
+        self.rollbacks = 0
+        peak = peak_flops(self.device)
+        self.meter = StepMeter(model.flops_per_token(self.phases.max_seq_len), peak and peak * self.world.size, self.device)
         self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
         self.best = Best.read(self.folder.path, config.checkpoint.best)
+        self.saver = Saver(self.checkpoints, peers=self.peers.apart())
+        opened.callback(self.saver.close, SAVE_BOUND_S)
         self.profile = ProfileWindow(config.profile, self.folder.path)
-        self.interrupts = Interrupts()
+        opened.callback(lambda: self._profiled(self.profile.close()))
+        self.interrupts = Interrupts(echo_s=ECHO_S if self.world.size > 1 else 0.0)
 
-        # 12. Last, the earlier start's state: it replaces the initial one of all the above.
+        # 13. Last, the earlier start's state, or the weights of another run: they replace the initial ones of all the above.
         self.progress = Progress()
         self.saved_step = -1
         self.source_tokens = np.zeros(self.loader.n_sources, dtype=np.int64)
         self.unreadable = 0
-        self._reset_interval()
+        self.interval = Interval(self.loader.n_sources, self.device)
+        notes: list[str] = []
         if earlier is not None:
-            self._resume(*earlier)
-        elif self.start is not None:
-            self.loader.restore(self.start)
+            require_same_data(self.fingerprints, earlier.state["fingerprints"], earlier.folder)
+            notes += [f"resumed from {earlier.folder} (step {earlier.step}, {earlier.state['progress']['tokens']:,} tokens)", *self._take_up(earlier)]
+            self.loader.restore(merge_states([own["data"] for own in earlier.ranks]))
+        else:
+            if start is not None:
+                self.loader.restore(start)
+            if config.checkpoint.initial_load is not None:
+                notes += load_initial(config, model, self.tokenizer)
         self._complete()
         self.started_at = self.progress.step
-        self.loggers.start(self.progress.step)
+        self.peers.first(lambda: self.loggers.start(self.progress.step))
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.loggers.message(f"{n_parameters:,} parameters, {train.precision} on {self.device}; documents: {', '.join(report.data) or 'not counted'}")
-        if earlier is not None:
-            self.loggers.message(f"resumed from {earlier[0]} (step {self.progress.step}, {self.progress.tokens:,} tokens)")
+        shared = f" on {self.world.size} ranks ({parallel.strategy})" if parallel.strategy != "none" else ""
+        self.loggers.message(f"{n_parameters:,} parameters, {train.precision} on {self.device.type}{shared}; documents: {', '.join(report.data) or 'not counted'}")
+        for note in notes:
+            self.loggers.message(note)
 
     # ------------------------------------------------------------ the step
     def train_step(self) -> None:
         """One optimizer step. Raises Interrupted between micro-batches; ``_abandon`` then undoes what was begun."""
         phase = self._enter(self.phases.at(self.progress))
-        data = self.loader.next(phase)
+        data = self.peers.agree(lambda: self.loader.next(phase)).over(self.peers)
         loss, nll = torch.zeros((), device=self.device), torch.zeros(self.loader.n_sources, device=self.device)
-        for batch in data.micro_batches:
-            self.interrupts.check()
-            sums, aux = self.module(batch.to(self.device))
+        for index, batch in enumerate(data.micro_batches, start=1):
+            self.watchdog.beat(f"step {self.progress.step + 1}, micro-batch {index}")
+            self.interrupts.check(self.peers)
+            self.strategy.synchronise(index == phase.accumulation)
+            sums, aux = self.forward(batch.to(self.device))
             objective = (sums.loss + sum(aux.values())) / max(1, data.n_valid)
             objective.backward()
             loss += objective.detach()
             nll += sums.nll
+        loss, *nlls = self.peers.add_(torch.stack([loss, *nll]))
         grad_norm = clip_gradients(self.trained, phase.clip)
-        self.guard.observe(self.progress.step, data.document_ids, loss, grad_norm)
-        self._set_learning_rates(phase)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for hook in self.hooks:
-            hook()
-        self._advance(data, loss, nll, grad_norm)
-        for averager in self.averagers:
-            averager.update(self.progress)
+        if self.guard.observe(self.progress.step, data.document_ids, loss, grad_norm):
+            self._set_learning_rates(phase)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            for hook in self.hooks:
+                hook()
+            self._advance(data, loss, torch.stack(nlls), grad_norm)
+            for averager in self.averagers:
+                averager.update(self.progress)
+        else:
+            self._abandon()
+            self._advance(data, loss, torch.stack(nlls), grad_norm)
         self._complete()
 
     def _enter(self, phase: Phase) -> Phase:
@@ -234,14 +310,9 @@ class Trainer:
     def _advance(self, data: StepData, loss: Tensor, nll: Tensor, grad_norm: Tensor) -> None:
         """The step is done: move the clock and the data's cursor together."""
         self.loader.commit()
-        n_tokens = data.n_tokens * self.world.size  # every rank has as many rows
-        self.meter.step(n_tokens, self.loader.take_stall_s())
-        self.progress = Progress(self.progress.step + 1, self.progress.tokens + n_tokens, self.meter.elapsed_s)
-        self.interval_loss += loss
-        self.interval_nll += nll
-        self.interval_steps += 1
-        self.interval_bytes += data.n_bytes
-        self.interval_source_tokens += data.source_tokens
+        self.meter.step(data.n_tokens, self.loader.take_stall_s())
+        self.progress = Progress(self.progress.step + 1, self.progress.tokens + data.n_tokens, self.meter.elapsed_s)
+        self.interval.add(data, loss, nll, self.guard)
         self.source_tokens += data.source_tokens
         self.grad_norm = grad_norm
 
@@ -249,82 +320,84 @@ class Trainer:
     def train(self) -> Path | None:
         """Train to ``train.steps``; returns the last checkpoint, or None when the run was already finished.
 
-        On SIGINT or SIGTERM the step under way is abandoned, the last completed
-        one is saved and Interrupted is raised.
+        On SIGINT, SIGTERM or SIGUSR1, at whichever rank, the step under way is
+        abandoned, the last completed one is saved and Interrupted is raised.
         """
-        train = self.config.train
-        finished = self.progress.step >= train.steps
         collecting = gc.isenabled()
+        self.watchdog.start()
         try:
+            # What a signal asks for is done inside, so that its echo does not end it.
             with self.interrupts:
-                if finished:
-                    where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
-                    self.loggers.message(f"{where}; raise train.steps to go on")
-                    self._finish()
-                    return None
-                if train.gc_every:
-                    gc.disable()  # a collection in the middle of a step stalls the device
-                self.meter.start()
-                while self.progress.step < train.steps:
-                    self.profile.before_step(self.progress.step + 1)
-                    try:
-                        self.train_step()
-                    except DataEnded as end:
-                        self._wind_up(str(end))
-                        break
-                    self._between_steps(self.progress.step)
-                self._finish()
-        except (Interrupted, DataError) as error:
-            self._abandon()
-            self.save()
-            self.loggers.message(f"{error if isinstance(error, Interrupted) else 'stopped'}: saved step {self.progress.step}; start again to go on from there")
-            raise
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in CPU_OUT_OF_MEMORY):
+                try:
+                    return self._train()
+                except (Interrupted, DataError, PeerError) as error:
+                    self._abandon()
+                    self.save(wait=True)
+                    why = error if isinstance(error, Interrupted) else "stopped"
+                    self.loggers.message(f"{why}: saved step {self.progress.step}; start again to go on from there")
+                    raise
+        except RuntimeError as error:
+            if is_out_of_memory(error):
                 raise TitanError(out_of_memory(self.config, error)) from error
+            if self.world.size > 1 and is_lost_connection(error):
+                raise TitanError(f"{self.watchdog.culprits()}; the run goes on from its last checkpoint when started again ({error})") from error
             raise
         finally:
+            self.watchdog.stop()
             if collecting:
                 gc.enable()
+
+    def _train(self) -> Path | None:
+        train = self.config.train
+        if self.progress.step >= train.steps:
+            where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
+            self.loggers.message(f"{where}; raise train.steps to go on")
+            self._finish()
+            return None
+        if train.gc_every:
+            gc.disable()  # a collection in the middle of a step stalls the device
+        self.meter.start()
+        while self.progress.step < train.steps:
+            self.profile.before_step(self.progress.step + 1)
+            try:
+                self.train_step()
+            except DataEnded as end:
+                self._wind_up(str(end))
+                break
+            self._between_steps(self.progress.step)
+        self._finish()
         return self.checkpoints / f"step-{self.progress.step:08d}"
 
     def _between_steps(self, step: int) -> None:
         """What is due after this many steps."""
         train, every, last = self.config.train, self.config.checkpoint.every, step == self.config.train.steps
+        self.watchdog.started()  # whatever had to be compiled is
         self._profiled(self.profile.after_step(step))
-        if step % train.log_every == 0 or last:
-            self.log()
+        self._or_warn(self.saver.poll)
+        if (step % train.log_every == 0 or last) and self.log():
+            return  # wound back: this is another step now
         # Saved before it is validated: a failing validation must not cost the training before it.
         if last:
-            self.save()
+            self.save(wait=True)
         elif every and step % every == 0:
-            self._save_or_warn()
+            self._or_warn(self.save)
         due = [entry for entry in self.validation if entry.every and step % entry.every == 0]
         if due and not last:
             self.validate(due)
         if train.sample_every and step % train.sample_every == 0:
             self.sample()
         if train.gc_every and step % train.gc_every == 0:
-            self.guard.check()  # waits for the device, whose work belongs to the time before the pause
+            self._check_finite()  # waits for the device, whose work belongs to the time before the pause
             with self.meter.pause():
                 gc.collect()
 
     def _wind_up(self, why: str) -> None:
         """End at the present step, which no config could know to be the last."""
         self._abandon()
-        if self.interval_steps and self.progress.step > self.started_at:
+        if self.interval.steps and self.progress.step > self.started_at:
             self.log()
         self.loggers.message(f"{why}: training ends at step {self.progress.step} of {self.config.train.steps}")
-        self.save()
-
-    def _save_or_warn(self) -> bool:
-        """Whether there is a checkpoint now. A full disk in the middle of a run is no reason to end it; the next save may work."""
-        try:
-            self.save()
-        except CheckpointError as error:
-            self.loggers.message(f"WARNING: {error}; training goes on without it")
-            return False
-        return True
+        self.save(wait=True)
 
     def _finish(self) -> None:
         """The last validation, once: a run killed in it makes up for it when it is started again."""
@@ -332,21 +405,24 @@ class Trainer:
         mark = json.dumps({"step": self.progress.step})
         if not (done.exists() and done.read_text(encoding="utf-8") == mark):
             self.validate(self.validation)
-            write_atomic(done, mark)
+            self.peers.first(lambda: write_atomic(done, mark))
 
     def _profiled(self, trace: Path | None) -> None:
         if trace is not None:
             self.loggers.message(f"profile written to {trace}; open it in a trace viewer such as Perfetto")
 
-    def log(self) -> None:
-        """Metrics since the last log step. The only place that waits for the device in an ordinary step."""
-        self.guard.check()
-        nlls, n_bytes = self.interval_nll.tolist(), self.interval_bytes
-        metrics = {"loss": float(self.interval_loss) / self.interval_steps, "grad_norm": float(self.grad_norm)}
+    def log(self) -> bool:
+        """Metrics since the last log step. The only place that waits for the device in an ordinary step.
+
+        True when the loss had jumped and the run was wound back.
+        """
+        self._check_finite()
+        nlls, n_bytes, loss = self.interval.nll.tolist(), self.interval.n_bytes, self.interval.mean_loss()
+        metrics = {"loss": loss, "grad_norm": float(self.grad_norm)}
         if n_bytes:
             metrics["bits_per_byte"] = bits_per_byte(sum(nlls), n_bytes)
         for index, source in enumerate(self.config.data.source):
-            if n_tokens := int(self.interval_source_tokens[index]):
+            if n_tokens := int(self.interval.source_tokens[index]):
                 metrics[f"source/{source.label}/loss"] = nlls[index] / n_tokens
             metrics[f"source/{source.label}/tokens"] = float(self.source_tokens[index])
         for index, (entry, optimizer) in enumerate(zip(self.config.optimizer, self.optimizers, strict=True)):
@@ -357,113 +433,237 @@ class Trainer:
                 metrics.setdefault("lr", lr)
         metrics |= {"tokens": float(self.progress.tokens), "total_steps": float(self.config.train.steps)}
         metrics |= self.meter.report(remaining_steps=self.config.train.steps - self.progress.step)
+        counted = ("documents", "passed_over", "unreadable")
         counts = self.loader.counts()
-        metrics |= {f"data/{name}": float(counts[name]) for name in ("documents", "passed_over", "unreadable")}
+        totals = dict(zip(counted, self.peers.sum([counts[name] for name in counted]), strict=True))
+        metrics |= {f"data/{name}": float(total) for name, total in totals.items()}
+        if self.config.train.on_nonfinite == "skip":
+            metrics["skipped_steps"] = float(self.guard.n_skipped)
         self.loggers.log(self.progress.step, metrics)
-        self._reset_interval()
-        if (unreadable := counts["unreadable"]) > self.unreadable:
-            self.unreadable = unreadable
+        self.interval.reset()
+        if totals["unreadable"] > self.unreadable:
+            self.unreadable = totals["unreadable"]
             where = f"`titanlm data state {self.folder.path}` names the first of them after the next checkpoint"
-            self.loggers.message(f"WARNING: {unreadable:,} rows of the data could not be read and were passed over so far; {where}")
+            self.loggers.message(f"WARNING: {self.unreadable:,} rows of the data could not be read and were passed over so far; {where}")
+        began = self.spikes.observe(self.progress.step, loss)
+        if began is not None:
+            self._roll_back(began)
+        return began is not None
 
-    def _reset_interval(self) -> None:
-        self.interval_loss = torch.zeros((), device=self.device)
-        self.interval_nll = torch.zeros(self.loader.n_sources, device=self.device)
-        self.interval_steps = self.interval_bytes = 0
-        self.interval_source_tokens = np.zeros(self.loader.n_sources, dtype=np.int64)
+    def _check_finite(self) -> None:
+        """Stop at a step that was not finite, or write down which were passed over since the last look."""
+        for step, documents in self.guard.check():
+            everywhere = sorted({document for own in self.peers.gather(documents) for document in own})
+            self.loggers.message(f"WARNING: step {step + 1} was passed over: its loss or gradient is not finite; its documents are in {SKIPPED}")
+            if self.world.rank == 0:
+                with (self.folder.path / SKIPPED).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step + 1, "documents": everywhere}) + "\n")
 
     def validate(self, sets: list[ValidationSet]) -> dict[str, float]:
         """Score sets with the raw weights and, where there is an averager, the averaged ones."""
-        self.guard.check()
+        self._check_finite()
         metrics: dict[str, float] = {}
-        differences = []
         with self.meter.pause():
             for entry in sets:
-                scores = score(self.module, entry, self.device, self.interrupts.check)
-                metrics |= scores.metrics(f"validation/{entry.name}")
-                differences += [f"{entry.name}: {scores.difference}"] if scores.difference else []
-                for averager in self.averagers:
-                    with averager.swap():
-                        metrics |= score(self.module, entry, self.device, self.interrupts.check).metrics(f"validation/{entry.name}", "averaged_")
+                try:
+                    scores = self._score(entry)
+                    metrics |= scores.metrics(f"validation/{entry.name}")
+                    for averager in self.averagers:
+                        with averager.swap():
+                            metrics |= self._score(entry).metrics(f"validation/{entry.name}", "averaged_")
+                except RuntimeError as error:
+                    # Sharded ranks stand at different gathers then; nothing but a new start puts them in step again.
+                    if not is_out_of_memory(error) or self.world.size > 1:
+                        raise
+                    self.loggers.message(f"WARNING: validation set {entry.name!r} was left out: out of memory; lower its micro_batch ({entry.micro_batch})")
+                    continue
+                if scores.difference:
+                    self.loggers.message(f"{entry.name}: {scores.difference}")
         if metrics:
             self.loggers.log(self.progress.step, metrics)
-        for line in differences:
-            self.loggers.message(line)
-        if self.best.beaten_by(metrics) and self._save_or_warn():
+        if self.best.beaten_by(metrics) and self._or_warn(partial(self.save, wait=True)):
             self.best = self.best.now(metrics, self.progress.step)
+            self.peers.first(self.best.write)
             self.loggers.message(f"best {self.best.metric} so far, {self.best.value:.4f}: step {self.progress.step} is kept")
         return metrics
 
+    def _score(self, entry: ValidationSet) -> Scores:
+        scores = score(self.module, entry, self.device, self._poll(f"validation {entry.name!r}"), self.peers)
+        self.strategy.settle()
+        return scores
+
+    def _poll(self, doing: str) -> Callable[[], None]:
+        """To be called often by whatever takes long between steps."""
+
+        def poll() -> None:
+            self.watchdog.beat(f"step {self.progress.step}, {doing}")
+            self.interrupts.check(self.peers)
+
+        return poll
+
     def sample(self) -> None:
-        """Print what the model makes of the sample prompt now."""
+        """Print what the model makes of the sample prompt now. Every rank takes part and makes the same."""
         from titanlm.generate import continue_text
 
-        self.guard.check()
-        prompt, pieces = self.config.train.sample_prompt, []
-        with self.meter.pause():
+        self._check_finite()
+        prompt, pieces, poll = self.config.train.sample_prompt, [], self._poll("sample")
+        with self.meter.pause(), self.strategy.gathered():
             for piece in continue_text(self.model, self.tokenizer, prompt, max_tokens=128, temperature=0.8, seed=self.config.train.seed):
-                self.interrupts.check()
+                poll()
                 pieces.append(piece)
         self.loggers.message(f"sample at step {self.progress.step}: {prompt}{''.join(pieces)}")
 
     # ------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on as if it had not stopped."""
+        """Everything a resumed run needs to go on as if it had not stopped, the same on every rank but for the shards of tensors."""
         stored = self.model.state_dict()
-        return {
+        weights = {
             "progress": {"step": self.progress.step, "tokens": self.progress.tokens, "elapsed_s": self.progress.elapsed_s},
-            "model": {name: stored[name] for name in unique_names(self.model)},
-            "optimizers": [checkpoint.optimizer_state(optimizer, self.names) for optimizer in self.optimizers],
-            "averagers": [averager.state_dict() for averager in self.averagers],
-            "data": self.loader.state(),
-            "rng": [self.rng],
-            "interval": {
-                "loss": self.interval_loss, "nll": self.interval_nll,
-                "steps": self.interval_steps, "bytes": self.interval_bytes, "source_tokens": self.interval_source_tokens.tolist(),
-            },
-            "source_tokens": self.source_tokens.tolist(),
             "fingerprints": self.fingerprints,
-        }  # fmt: skip
+            "model": {name: stored[name] for name in unique_names(self.model)},
+            "averagers": [averager.state_dict() for averager in self.averagers],
+        }
+        if self.config.checkpoint.save_only_model:
+            return weights
+        return {
+            **weights,
+            "optimizers": [checkpoint.optimizer_state(optimizer, self.names) for optimizer in self.optimizers],
+            "interval": self.interval.state(),
+            "source_tokens": self.source_tokens.tolist(),
+            "guard": self.guard.state(),
+            "spikes": self.spikes.state(),
+            "rollbacks": self.rollbacks,
+        }
 
-    def save(self) -> None:
-        """Write a checkpoint of the last completed step, unless it is there already."""
-        if self.saved_step == self.progress.step:
-            return
-        self.guard.check()
-        with self.meter.pause():
-            checkpoint.save(self.checkpoints, self.progress.step, self.state(), dump(self.config))
-            checkpoint.rotate(self.checkpoints, self.config.checkpoint.keep_last, self.progress.step, self.best.step)
-        self.saved_step = self.progress.step
+    def own_state(self) -> dict[str, Any]:
+        """What differs from rank to rank."""
+        return {} if self.config.checkpoint.save_only_model else {"data": self.loader.state(), "rng": self.rng}
 
-    def _resume(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take up a checkpoint of this run."""
-        require_same_data(self.fingerprints, state["fingerprints"], folder)
-        load_weights(self.model, state["model"], str(folder))
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            checkpoint.restore_optimizer(optimizer, self.names, saved)
-        for averager, saved in zip(self.averagers, state["averagers"], strict=True):
-            averager.load_state_dict(saved)
-        self.loader.restore(state["data"])
-        self.progress = Progress(**state["progress"])
+    def save(self, *, wait: bool = False) -> None:
+        """Write a checkpoint of the last completed step, unless there is one, in the background unless told to wait.
+
+        Raises CheckpointError when it, or an earlier one that is still being written, fails.
+        """
+        if self.saved_step != self.progress.step:
+            self._check_finite()
+            wait = wait or not self.config.checkpoint.asynchronous
+            with self.meter.pause():
+                self._await_saver()
+                self.saver.save(self.progress.step, self.state(), self.own_state(), dump(self.config), after=partial(self._published, self.best.step))
+            self.saved_step = self.progress.step
+        if wait:
+            with self.meter.pause():
+                self._await_saver()
+
+    def _await_saver(self) -> None:
+        """Until nothing is being written any more, however long it takes: a slow disk is not a hanging rank."""
+        try:
+            while self.saver.busy:
+                self.watchdog.beat(f"step {self.progress.step}, saving")
+                time.sleep(0.005)
+            self.saver.poll()
+        except CheckpointError:
+            self.saved_step = -1
+            raise
+
+    def _published(self, best: int | None, folder: Path) -> None:
+        """In the saver's thread, once a checkpoint is whole."""
+        if self.world.rank == 0:
+            settings = self.config.checkpoint
+            checkpoint.rotate(self.checkpoints, settings.keep_last, int(folder.name.removeprefix("step-")), best, settings.keep_every)
+
+    def _or_warn(self, action: Callable[[], None]) -> bool:
+        """Whether it worked. A full disk in the middle of a run is no reason to end it; the next save may work."""
+        try:
+            action()
+        except CheckpointError as error:
+            self.saved_step = -1
+            self.loggers.message(f"WARNING: {error}; training goes on without it")
+            return False
+        return True
+
+    def _take_up(self, saved: Saved) -> list[str]:
+        """All of a checkpoint's state but the data's; what the user should know of it."""
+        state = checkpoint.fit({name: saved.state[name] for name in ("model", "averagers")}, self.state())
+        load_weights(self.model, state["model"], str(saved.folder))
+        for averager, average in zip(self.averagers, state["averagers"], strict=True):
+            averager.load_state_dict(average)
+        for optimizer, moments in zip(self.optimizers, saved.state["optimizers"], strict=True):
+            checkpoint.restore_optimizer(optimizer, self.names, moments)
+        self.progress = Progress(**saved.state["progress"])
         self.meter.elapsed_s = self.progress.elapsed_s
-        interval = state["interval"]
-        self.interval_loss, self.interval_nll = interval["loss"].to(self.device), interval["nll"].to(self.device)
-        self.interval_steps, self.interval_bytes = interval["steps"], interval["bytes"]
-        self.interval_source_tokens, self.source_tokens = np.array(interval["source_tokens"]), np.array(state["source_tokens"])
-        randomness.restore(state["rng"][self.world.rank])
+        rest = checkpoint.fit({name: saved.state[name] for name in ("interval", "guard", "spikes")}, {})
+        self.interval.restore(rest["interval"])
+        self.guard.restore(rest["guard"])
+        self.spikes.restore(rest["spikes"])
+        self.source_tokens = np.array(saved.state["source_tokens"])
+        self.rollbacks = saved.state["rollbacks"]
         self.saved_step = self.progress.step
+        if len(saved.ranks) == self.world.size:
+            randomness.restore(saved.ranks[self.world.rank]["rng"])
+            return []
+        randomness.seed_everything(self.config.train.seed + self.progress.step, self.world.rank)
+        return [f"it was saved by {len(saved.ranks)} ranks and is shared out over {self.world.size}: dropout and the like draw anew, all else goes on"]
+
+    def _roll_back(self, began: int) -> None:
+        """Back to the newest checkpoint up to step ``began``; the data goes on from here, so what made the loss jump is passed over.
+
+        Raises TitanError when there is none, or when it has happened as often as it may.
+        """
+        here, limit = self.progress.step, self.config.spike.max_rollbacks
+        self._await_saver()
+        folder = checkpoint.latest(self.checkpoints, self.peers, at_most=began)
+        if folder is None or self.rollbacks >= limit:
+            why = f"no checkpoint of step {began} or before" if folder is None else f"{limit} rollbacks have not helped (spike.max_rollbacks)"
+            raise TitanError(f"step {here}: the loss has jumped since step {began}, and {why}; lower the learning rate, raise warm-up or look at the data")
+        count = self.rollbacks + 1
+        self._take_up(checkpoint.opened(folder, self.peers))
+        self.rollbacks = count
+        self.spikes.reset()
+        self.peers.first(lambda: checkpoint.set_aside(self.checkpoints, self.progress.step))
+        self._complete()
+        self.peers.first(lambda: self.loggers.start(self.progress.step))
+        self.loggers.message(f"WARNING: the loss jumped after step {began}: wound back from step {here} to {self.progress.step}, rollback {count} of {limit}")
+        self.saved_step = -1  # saved again, with the data's new place: a kill now must not bring the spike back
+        self.save(wait=True)
 
     def close(self) -> None:
-        self._profiled(self.profile.close())
-        self.loader.close()
-        self.loggers.close()
-        self.folder.close()
+        self._opened.close()
 
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+
+def open_folder(config: RunConfig, peers: Peers) -> RunFolder:
+    """The run's folder, locked by rank 0. Raises TitanError on every rank when a rank cannot use it."""
+    path = Path(config.run.dir) / config.run.name
+    folder = peers.first(lambda: RunFolder.open(Path(config.run.dir), config.run.name))
+
+    def seen() -> RunFolder:
+        if not path.is_dir():
+            raise TitanError(f"run.dir: rank 0 made {path}, but rank {peers.rank} does not see it; all hosts of a run need one shared file system")
+        return RunFolder(path)
+
+    try:
+        return peers.agree(lambda: folder or seen())
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
+
+
+def load_initial(config: RunConfig, model: Any, tokenizer: Any) -> list[str]:
+    """Weights of another run, checkpoint or artifact into a fresh model; what is to be told of them."""
+    from titanlm.initial_load import initial_weights
+
+    assert config.checkpoint.initial_load is not None
+    fresh = dict(model.named_parameters()) | dict(model.named_buffers())
+    weights, notes = initial_weights(config.checkpoint.initial_load, model, tokenizer=tokenizer.fingerprint, fresh=lambda name: whole(fresh[name]))
+    load_weights(model, weights, config.checkpoint.initial_load.path)
+    return notes
 
 
 def require_same_data(now: dict[str, str], saved: dict[str, str], folder: Path) -> None:
@@ -481,27 +681,35 @@ def preflight(config: RunConfig) -> Report:
     problems = report.problems + requirements(config)
     if problems:
         raise ConfigError(problems, config.run.name or "config")
-    for warning in report.warnings:
-        print(f"WARNING: {warning}", file=sys.stderr)
+    if World.from_environment().local_rank == 0:
+        for warning in report.warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
     return report
 
 
 def first_phase(config: RunConfig, world: World) -> Phase:
     train = config.train
-    rows = train.micro_batch * world.size
-    if train.global_batch % rows:
-        problem = f"{train.global_batch} rows cannot be made of micro-batches of {train.micro_batch} on {world.size} ranks"
-        raise ConfigError([f"train.global_batch: {problem}"])
-    return Phase(train.seq_len, train.micro_batch, train.global_batch // rows, clip=train.clip or None)
+    return Phase(train.seq_len, train.micro_batch, train.global_batch // (train.micro_batch * world.size), clip=train.clip or None)
 
 
 def clip_gradients(parameters: list[Any], largest: float | None) -> Tensor:
-    """The gradients' norm before clipping, 0-d on the device; nothing waits for it."""
+    """The gradients' norm over all ranks before clipping, 0-d on the device; nothing waits for it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if largest is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in CPU_OUT_OF_MEMORY)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST_CONNECTION)
 
 
 def out_of_memory(config: RunConfig, error: BaseException) -> str:
@@ -519,9 +727,9 @@ def train(config: RunConfig) -> int:
     """Train a config and, with ``export.at_end``, export it; returns the exit status."""
     try:
         path = _train(config)
-    except Interrupted:
-        return 130
-    if config.export.at_end:
+    except Interrupted as interrupted:
+        return interrupted.status
+    if config.export.at_end and World.from_environment().rank == 0:
         from titanlm.export import export_run
 
         print(export_run(path, device=config.train.device))

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titanlm.distributed.slices import SlicedCopies
 from titanlm.errors import CheckpointError
 
 
 def initialise(model: Any, seed: int) -> None:
-    """Draw the weights of a materialised model, then those its adapter added."""
-    with torch.no_grad():
+    """Draw the weights of a materialised model, sharded or not, then those its adapter added."""
+    with torch.no_grad(), SlicedCopies():
         model.init_weights(seed)
         if model.adapter is not None:
             model.adapter.init_weights(seed)
@@ -36,6 +37,6 @@ def load_weights(model: Any, weights: dict[str, Tensor], source: str) -> None:
             problems.append(f"{name}: shape {list(weights[name].shape)}, the model has {list(kept[name].shape)}")
     if problems:
         raise CheckpointError(f"{source}: the weights do not fit the model:\n  " + "\n  ".join(sorted(problems)))
-    with torch.no_grad():
+    with torch.no_grad(), SlicedCopies():
         for name, tensor in kept.items():
             tensor.copy_(weights[name])

@@ -82,6 +82,7 @@ def open_shard(path: Path) -> Shard:
     another magic number or version, is big-endian, claims no tokens or another
     number than it has, or ends inside an id.
     """
+    _require_no_pipe(path)
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
@@ -108,6 +109,11 @@ def open_shard(path: Path) -> Shard:
         raise DataError(f"{path}: a token shard without tokens; leave it out or prepare it again")
     digest = header[DIGEST].tobytes()
     return Shard(path, claimed, dtype, digest if any(digest) else b"", hashlib.sha256(head).hexdigest(), stat.st_mtime_ns)
+
+
+def _require_no_pipe(path: Path) -> None:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"{path}: a folder, a pipe or a device, not a file; move it away")
 
 
 _REMEDY = "`titanlm data prepare` writes shards that can be read"
@@ -188,6 +194,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises DataError when it is no such file.
     """
     path = folder / MANIFEST
+    _require_no_pipe(path)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

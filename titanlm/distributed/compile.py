@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
+import torch
+
 from titanlm.environment import c_compiler, cxx_compiler
 
 
@@ -28,7 +30,8 @@ def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Lite
         module.training_graph_only = True
     else:
         for block in module.model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            # Its forward, not the block: what gathers and frees sharded parameters are hooks around that, and stays outside the graph.
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     for each in module.modules():
         if hasattr(each, "compile_kernels"):
             each.compile_kernels = True

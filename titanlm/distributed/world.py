@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from titanlm.errors import TitanError
+from titanlm.errors import PeerError, TitanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,3 +109,32 @@ class Peers:
         dist.all_gather(received, sent, group=self._group)
         # A JSON text has no zero byte, so the padding is told from it.
         return [json.loads(bytes(part.tolist()).rstrip(b"\0")) for part in received]
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        """Rank 0 acts while the others wait; None on those. A TitanError is every rank's."""
+        return self.agree(lambda: action() if self.rank == 0 else None)
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """What this rank's action gives, once every rank's has succeeded.
+
+        Raises this rank's own TitanError, or PeerError when only others failed.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except TitanError as error:
+            problem = error
+        if self.max(int(problem is not None)):
+            found = self.gather(None if problem is None else str(problem))
+            if problem is None:
+                raise PeerError(next(f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None))
+            raise problem
+        return result  # type: ignore[return-value]
+
+    def add_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the ranks in place, on whatever device it is; the host does not wait."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=self._group)
+        return tensor

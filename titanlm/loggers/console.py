@@ -126,6 +126,8 @@ class Console:
                 # What is still buffered would fail again when Python exits, and change the exit status.
                 with contextlib.suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with contextlib.suppress(OSError, ValueError):  # standard error may have gone with it
+                print(f"WARNING: standard output is gone; training goes on and {self.file} has its lines", file=sys.stderr)
 
     def _to_file(self, line: str) -> None:
         if self._file_lost:
@@ -137,6 +139,10 @@ class Console:
             self._file.flush()
         except OSError as error:
             self._file_lost = True
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # it would write again what it could not
+                    self._file.close()
+                self._file = None
             with contextlib.suppress(OSError, ValueError):
                 print(f"WARNING: {self.file}: {error.strerror}; no more is written there", file=sys.stderr)
 

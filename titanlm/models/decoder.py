@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from titanlm.constraints import PositiveFloat, PositiveInt
+from titanlm.constraints import PositiveFew, PositiveFloat, PositiveInt, Size
 from titanlm.models.layers.attention import FLEX_HEAD_DIM, Attention, attention_mask, keep_block_masks_outside_graphs, usable_backend
 from titanlm.models.layers.block import Block
 from titanlm.models.layers.cache import KVCache
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    n_layers: PositiveInt = 12
-    d_model: PositiveInt = 768
+    n_layers: PositiveFew = 12
+    d_model: Size = 768
     """Width of the residual stream."""
-    n_heads: PositiveInt = 12
-    n_kv_heads: PositiveInt | None = None
+    n_heads: PositiveFew = 12
+    n_kv_heads: PositiveFew | None = None
     """Heads of keys and values, a divisor of n_heads; unset: n_heads."""
-    head_dim: PositiveInt | None = None
+    head_dim: PositiveFew | None = None
     """Even; unset: d_model / n_heads."""
-    d_ff: PositiveInt | None = None
+    d_ff: Size | None = None
     """Inner width of the feed-forward networks; unset: about 8·d_model² parameters each."""
     activation: Literal["swiglu", "relu2"] = "swiglu"
     qk_norm: Literal["none", "learned"] = "none"
     """Root-mean-square norm of queries and keys per head, with a weight; steadier at high learning rates."""
-    embedding_rank: PositiveInt | None = None
+    embedding_rank: Size | None = None
     """Factorise the embedding into (vocabulary × rank) and (rank × d_model)."""
     tie_embeddings: bool = True
     """The head shares the embedding's matrix (both, when factorised); else it is a full one of its own."""
@@ -56,9 +56,9 @@ class DecoderConfig:
     """Logits are bounded to ± this by tanh."""
     norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10_000.0
-    max_positions: PositiveInt = 4096
+    max_positions: Size = 4096
     """Longest sequence the model may be given, in tokens."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Size | None = None
     """Rows of the embedding; unset: the tokenizer's. More than the tokenizer's pads it, to a multiple of 128 for speed, say."""
     init_std: PositiveFloat = 0.02
     """Deviation of fresh matrices; those that end a residual branch have 1/sqrt(2·n_layers) of it, embedding tables and heads at most it."""
