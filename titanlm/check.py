@@ -95,6 +95,10 @@ def _check(config: RunConfig) -> Report:
     for index, optimizer in enumerate(config.optimizer):
         if optimizer.config.lr < 1e-5:
             report.warnings.append(f"optimizer.{index}.lr: {optimizer.config.lr:g} is low for pretraining; 1e-4 to 1e-2 is usual")
+    if config.checkpoint.copy_to:
+        from titanlm.checkpoint_copy import RemoteCopies
+
+        report.attempt("checkpoint.copy_to", lambda: RemoteCopies(config.checkpoint.copy_to))
     names = [entry.name for entry in config.validation]
     if (best := config.checkpoint.best) and best not in (metrics := validation_metrics(config)):
         report.problems.append(f"checkpoint.best: no validation set reports {best!r}{did_you_mean(best, metrics)} (metrics: {', '.join(metrics)})")
@@ -262,6 +266,14 @@ def _check_model(config: RunConfig, report: Report) -> None:
         report.summary += f"\ndocuments        {', '.join(report.data)}"
 
 
+def checkpoint_bytes(config: RunConfig, model: Any) -> int:
+    """About what a checkpoint takes on disk: fp32 weights and average, and two moments of what is trained."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    moments = 0 if config.checkpoint.save_only_model else 8 * trained
+    return (8 if config.averager is not None else 4) * parameters + moments
+
+
 def summary(config: RunConfig, model: Any) -> str:
     """Parameters, FLOPs a token, tokens a step and the memory of weights and optimizer."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -272,11 +284,13 @@ def summary(config: RunConfig, model: Any) -> str:
     # fp32 masters, fp32 gradients, two fp32 moments; an average is one more copy.
     state = 4 * parameters + 12 * trained + (4 * parameters if config.averager is not None else 0)
     average = " and average" if config.averager is not None else ""
+    saved = checkpoint_bytes(config, model)
     lines = [
         f"parameters       {parameters:,}" + (f" ({trained:,} trained)" if trained != parameters else ""),
         f"FLOPs per token  {flops:,.0f} (forward and backward)",
         f"tokens per step  {tokens:,} = {train.global_batch} rows × {train.seq_len}, {train.global_batch // train.micro_batch} micro-batches",
         f"whole run        {tokens * train.steps:,} tokens, {flops * tokens * train.steps:.3g} FLOPs",
         f"memory           {state / 2**30:.3f} GiB for weights, gradients, two moments{average}; activations come on top",
+        f"checkpoint       {saved / 2**30:.3f} GiB, and {config.checkpoint.keep_last} are kept",
     ]
     return "\n".join(lines)

@@ -384,10 +384,10 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def latest(root: Path, peers: Peers = ALONE) -> Path | None:
-    """The newest valid checkpoint, the same on every rank; damaged ones are named on stderr and passed over. Collective."""
+def latest(root: Path, peers: Peers = ALONE, *, at_most: int | None = None) -> Path | None:
+    """The newest valid checkpoint (up to step ``at_most``), the same on every rank; damaged ones are named on stderr and passed over. Collective."""
     # As rank 0 sees them: a file system may show the others a folder later.
-    names = _together(peers, lambda: [folder.name for _, folder in steps(root)] if peers.rank == 0 else None)[0]
+    names = _together(peers, lambda: [folder.name for step, folder in steps(root) if at_most is None or step <= at_most] if peers.rank == 0 else None)[0]
     if peers.rank == 0 and root.is_dir():
         _warn_of_look_alikes(root, set(names))
     for name in reversed(names):

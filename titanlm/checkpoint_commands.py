@@ -1,4 +1,4 @@
-"""``titanlm checkpoint list | verify | prune``: what a run has kept, whether it is sound, and less of it."""
+"""``titanlm checkpoint list | verify | prune | rewind``: what a run has kept, whether it is sound, less of it, and back to one of it."""
 
 from __future__ import annotations
 
@@ -241,3 +241,28 @@ def _bytes(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:,.1f} {unit}"
     return f"{n_bytes} B"
+
+
+# ---------------------------------------------------------------- rewind
+def rewind(run: Path, step: int) -> str:
+    """Make a run go on from an earlier checkpoint; later ones are moved aside and can be moved back by hand.
+
+    Raises TitanError while a trainer is in the run, CheckpointError when that
+    checkpoint is not there or not sound.
+    """
+    folder = dict(_of_run(run)).get(step)
+    if folder is None:
+        there = ", ".join(str(number) for number, _ in _of_run(run))
+        raise CheckpointError(f"{run}: no checkpoint of step {step} (there: {there})")
+    if (problem := checkpoint.verify(folder)) is not None:
+        raise CheckpointError(f"{folder}: {problem}; choose another step")
+    try:
+        lock = Lock(run / ".lock")
+        try:
+            moved = checkpoint.set_aside(run / "checkpoints", step)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise CheckpointError(f"{run}: not writable, so nothing can be moved: {error.strerror}") from error
+    where = f"{len(moved):,} later ones are in {moved[0].parent}" if moved else "there are no later ones"
+    return f"{run} goes on from step {step} when it is started again; {where}"

@@ -189,6 +189,12 @@ def _checkpoint_verify(args: argparse.Namespace) -> int:
     return int(not sound)
 
 
+def _checkpoint_rewind(args: argparse.Namespace) -> None:
+    from titanlm.checkpoint_commands import rewind
+
+    print(rewind(args.run_dir, args.step))
+
+
 def _checkpoint_prune(args: argparse.Namespace) -> None:
     from titanlm.checkpoint_commands import prune
 
@@ -407,7 +413,7 @@ def _build_parser() -> _Parser:
     verb = config("schema", _config_schema, "print a JSON Schema for editors", "titanlm config schema > titanlm.schema.json")
     _add_imports(verb)
 
-    _add_checkpoint(_adder(add("checkpoint", None, "list, verify and prune the checkpoints of a run", "titanlm checkpoint list runs/debug")))
+    _add_checkpoint(_adder(add("checkpoint", None, "list, verify, prune and rewind the checkpoints of a run", "titanlm checkpoint list runs/debug")))
 
     tokenizer = _adder(add("tokenizer", None, "make, inspect and compare tokenizers", "titanlm tokenizer inspect spm.model"))
     _add_tokenizer_train(tokenizer)
@@ -453,6 +459,10 @@ def _add_checkpoint(checkpoint: Callable[..., _Parser]) -> None:
     verb = checkpoint("verify", _checkpoint_verify, "read every byte and compare it with the manifest; status 1 if any is damaged", example)
     verb.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="run folder (all its checkpoints) or checkpoint folder")
     verb.add_argument("--expect-sha256", metavar="HEX", type=_sha256, help="what an earlier `verify` printed of the one checkpoint's manifest; finds tampering")
+    example = "titanlm checkpoint rewind runs/debug --step 100"
+    verb = checkpoint("rewind", _checkpoint_rewind, "let a run go on from an earlier checkpoint; later ones are moved aside", example)
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder")
+    verb.add_argument("--step", type=int, required=True, help="the checkpoint to go on from")
     example = "titanlm checkpoint prune runs/debug --keep-last 2 --keep-every 1000 --dry-run"
     verb = checkpoint("prune", _checkpoint_prune, "delete old checkpoints; the best and the newest sound one always stay", example)
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder in which nothing trains")

@@ -18,6 +18,13 @@ RESUMABLE_ROUNDING = ("train.threads", "train.micro_batch", "train.activation_ch
 """Those that change the steps that follow by rounding alone; they are the remedies for a lack of memory, or of machines."""
 
 
+STATE = (
+    "progress", "fingerprints", "model", "averagers", "optimizers", "interval", "source_tokens", "guard", "spikes", "rollbacks"
+)  # fmt: skip
+OWN_STATE = ("data", "rng")
+"""What a checkpoint must hold, and of every rank, for a run to go on as if it had not stopped."""
+
+
 def find_earlier(config: RunConfig, root: Path, peers: Peers | None = None) -> Saved | None:
     """The newest valid checkpoint below ``root``, verified and open, if there is one; every rank finds the same.
 
@@ -36,6 +43,10 @@ def find_earlier(config: RunConfig, root: Path, peers: Peers | None = None) -> S
     if "optimizers" not in saved.state:
         remedy = f"start another run with --checkpoint.initial_load.path={folder}"
         raise CheckpointError(f"{folder}: holds weights alone (checkpoint.save_only_model), from which nothing can be resumed; {remedy}")
+    if missing := [name for name in STATE if name not in saved.state]:
+        raise CheckpointError(f"{folder}: lacks the state of {', '.join(missing)}, without which a run does not go on as it was")
+    if missing := [f"rank {rank}: {name}" for rank, own in enumerate(saved.ranks) for name in OWN_STATE if name not in own]:
+        raise CheckpointError(f"{folder}: lacks the own state of {', '.join(missing)}, without which a run does not go on as it was")
     return saved
 
 

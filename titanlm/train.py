@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +31,9 @@ from torch.distributed.tensor import DTensor
 
 from titanlm import checkpoint, randomness
 from titanlm.best import Best
-from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
+from titanlm.check import Report, build_model, check, checkpoint_bytes, optimizer_claims, roles_of
 from titanlm.checkpoint import Saved
+from titanlm.checkpoint_copy import RemoteCopies
 from titanlm.config import RunConfig, dump
 from titanlm.data import DataEnded, Loader, StepData, merge_states
 from titanlm.data_state import start_state
@@ -49,7 +51,8 @@ from titanlm.guard import FiniteGuard
 from titanlm.interrupts import Interrupted, Interrupts
 from titanlm.interval import Interval
 from titanlm.loggers.group import LoggerGroup
-from titanlm.metrics import StepMeter, bits_per_byte, peak_flops
+from titanlm.loggers.text import printable
+from titanlm.metrics import GIB, StepMeter, bits_per_byte, peak_flops
 from titanlm.patterns import NamedParam
 from titanlm.precision import DTYPES, set_precision
 from titanlm.profiling import ProfileWindow
@@ -123,7 +126,8 @@ class Trainer:
             self.checkpoints = self.folder.checkpoints
 
             # 5. What an earlier start of this run left; a config that may not go on from it is not recorded.
-            self.peers.first(lambda: checkpoint.sweep(self.checkpoints))
+            self.copies = RemoteCopies(config.checkpoint.copy_to) if config.checkpoint.copy_to and self.world.rank == 0 else None
+            self.peers.first(lambda: prepare_checkpoints(self.checkpoints, self.copies))
             earlier = find_earlier(config, self.checkpoints, self.peers)
             self.peers.first(lambda: self.folder.record(dump(config)))
 
@@ -177,6 +181,8 @@ class Trainer:
         # 9. Memory and initial weights, drawn whole by seed and name, then sliced: the same on every device and at every world size.
         model.to_empty(device=self.strategy.parameter_device(self.device))
         initialise(model, train.seed)
+        fresh = earlier is None and config.checkpoint.initial_load is not None
+        notes = self.peers.agree(lambda: load_initial(config, model, self.tokenizer)) if fresh else []
 
         # 10. Compiled in place: state keeps its names. Each phase's shapes compile once.
         self.compiled = compile_module(self.module, train.compile)
@@ -226,23 +232,19 @@ class Trainer:
         self.source_tokens = np.zeros(self.loader.n_sources, dtype=np.int64)
         self.unreadable = 0
         self.interval = Interval(self.loader.n_sources, self.device)
-        notes: list[str] = []
         if earlier is not None:
             require_same_data(self.fingerprints, earlier.state["fingerprints"], earlier.folder)
             notes += [f"resumed from {earlier.folder} (step {earlier.step}, {earlier.state['progress']['tokens']:,} tokens)", *self._take_up(earlier)]
             self.loader.restore(merge_states([own["data"] for own in earlier.ranks]))
-        else:
-            if start is not None:
-                self.loader.restore(start)
-            if config.checkpoint.initial_load is not None:
-                notes += load_initial(config, model, self.tokenizer)
+        elif start is not None:
+            self.loader.restore(start)
         self._complete()
         self.started_at = self.progress.step
         self.peers.first(lambda: self.loggers.start(self.progress.step))
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         shared = f" on {self.world.size} ranks ({parallel.strategy})" if parallel.strategy != "none" else ""
-        self.loggers.message(f"{n_parameters:,} parameters, {train.precision} on {self.device.type}{shared}; documents: {', '.join(report.data) or 'not counted'}")
-        for note in notes:
+        self.loggers.message(f"{n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {', '.join(report.data) or 'not counted'}")
+        for note in [*notes, *room_for_checkpoints(config, model, self.checkpoints)]:
             self.loggers.message(note)
 
     # ------------------------------------------------------------ the step
@@ -570,7 +572,10 @@ class Trainer:
         """In the saver's thread, once a checkpoint is whole."""
         if self.world.rank == 0:
             settings = self.config.checkpoint
-            checkpoint.rotate(self.checkpoints, settings.keep_last, int(folder.name.removeprefix("step-")), best, settings.keep_every)
+            kept: dict[str, Any] = {"keep_last": settings.keep_last, "best": best, "keep_every": settings.keep_every}
+            if self.copies is not None:
+                self.copies.upload(folder, **kept)
+            checkpoint.rotate(self.checkpoints, newest=int(folder.name.removeprefix("step-")), **kept)
 
     def _or_warn(self, action: Callable[[], None]) -> bool:
         """Whether it worked. A full disk in the middle of a run is no reason to end it; the next save may work."""
@@ -620,7 +625,7 @@ class Trainer:
         self._take_up(checkpoint.opened(folder, self.peers))
         self.rollbacks = count
         self.spikes.reset()
-        self.peers.first(lambda: checkpoint.set_aside(self.checkpoints, self.progress.step))
+        self.peers.first(lambda: wind_back(self.checkpoints, self.progress.step, self.copies))
         self._complete()
         self.peers.first(lambda: self.loggers.start(self.progress.step))
         self.loggers.message(f"WARNING: the loss jumped after step {began}: wound back from step {here} to {self.progress.step}, rollback {count} of {limit}")
@@ -655,6 +660,35 @@ def open_folder(config: RunConfig, peers: Peers) -> RunFolder:
         raise
 
 
+def prepare_checkpoints(root: Path, copies: RemoteCopies | None) -> None:
+    """Clear away what a kill left behind, and fetch the newest copy where it is newer than what is here."""
+    checkpoint.sweep(root)
+    if copies is None:
+        return
+    here = checkpoint.latest(root)
+    step = -1 if here is None else int(here.name.removeprefix("step-"))
+    newest = copies.newest(than_step=step)
+    if newest is not None:
+        copies.fetch(newest, root, than_step=step)
+
+
+def wind_back(root: Path, step: int, copies: RemoteCopies | None) -> None:
+    """What was saved after this step counts no more."""
+    checkpoint.set_aside(root, step)
+    if copies is not None:
+        copies.wind_back(step)
+
+
+def room_for_checkpoints(config: RunConfig, model: Any, root: Path) -> list[str]:
+    """A warning now rather than a full disk at hour nine."""
+    needed = (config.checkpoint.keep_last + 1) * checkpoint_bytes(config, model)
+    free = shutil.disk_usage(root).free
+    if free >= needed:
+        return []
+    kept = f"checkpoint.keep_last = {config.checkpoint.keep_last} and one being written take about {needed / GIB:.1f} GiB"
+    return [f"WARNING: {root}: {free / GIB:.1f} GiB are free, and {kept}"]
+
+
 def load_initial(config: RunConfig, model: Any, tokenizer: Any) -> list[str]:
     """Weights of another run, checkpoint or artifact into a fresh model; what is to be told of them."""
     from titanlm.initial_load import initial_weights
@@ -683,7 +717,7 @@ def preflight(config: RunConfig) -> Report:
         raise ConfigError(problems, config.run.name or "config")
     if World.from_environment().local_rank == 0:
         for warning in report.warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
+            print(printable(f"WARNING: {warning}"), file=sys.stderr)
     return report
 
 
@@ -748,7 +782,7 @@ def dry_run(config: RunConfig) -> str:
     report = check(config)
     if report.problems:
         raise ConfigError(report.problems, config.run.name or "config")
-    return "\n".join([*(f"WARNING: {warning}" for warning in report.warnings), report.summary])
+    return printable("\n".join([*(f"WARNING: {warning}" for warning in report.warnings), report.summary]))
 
 
 if __name__ == "__main__":
