@@ -185,7 +185,7 @@ def test_a_run_ends_with_its_data_and_keeps_what_it_learnt(tiny: Path, capsys: p
     end = int(re.search(r"as often as `epochs` says: training ends at step (\d+) of 500", shown)[1])
     assert 0 < end < 500
     assert steps(run / "checkpoints")[-1][0] == end
-    assert (run / "finished.json").exists()
+    assert (run / "scored.json").exists()
     config = load(tiny, ["--dataset.max_bytes=40"])
     (stream,) = streams_of(config, config.tokenizer.build(), seq_len=48, n_streams=1, only=(0,))
     assert sum(documents_read(run)) == stream.n_rows

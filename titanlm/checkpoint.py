@@ -470,6 +470,10 @@ def _sync(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- optimizers
+CONFIGURED = ("lr", "peak_lr", "weight_decay", "eps", "momentum")
+"""What a group has from the config; where that has been changed on purpose, the new value holds."""
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Any]:
     """State under parameter names, and what optimizers keep in their groups (some count steps there)."""
     loose = [key for key in optimizer.state if not isinstance(key, Tensor)]
@@ -497,7 +501,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     }
     groups = optimizer.state_dict()["param_groups"]
     for group, stored in zip(groups, fit(state["groups"]), strict=True):
-        group.update(stored)
+        group.update({key: value for key, value in stored.items() if key not in CONFIGURED})
     # Through load_state_dict, which puts each value where the optimizer wants it (fused Adam: steps on the device).
     numbered = {index: values[parameter] for index, parameter in enumerate(owned) if parameter in values}
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})

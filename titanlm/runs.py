@@ -214,6 +214,7 @@ def _record(path: Path, text: str) -> None:
 def _unusable(path: Path, error: OSError) -> str:
     at = error.filename or path
     if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        at = next((each for each in [*reversed(Path(at).parents), Path(at)] if each.is_file()), at)  # the system names the last of the path
         return f"{path}: cannot be a run folder: {at} is in the way ({error.strerror})"
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return f"{path}: not writable: {at} ({error.strerror})"

@@ -8,13 +8,11 @@ thread talks to the other ranks over a connection of its own.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,19 +128,16 @@ class Saver:
 
 
 class HostMemory:
-    """Bytes that a save is copied into, in large pages where the system has them, pinned where a GPU copies into them.
+    """Bytes that a save is copied into, pinned where a GPU copies into them.
 
-    Registered with CUDA rather than allocated by torch's pinned allocator, which rounds up to a power of two.
+    Registered with CUDA rather than taken from torch's pinned allocator, which rounds up to a power of two.
     """
 
     def __init__(self, n_bytes: int, pinned: bool) -> None:
-        memory = mmap.mmap(-1, max(1, n_bytes))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))
+        self.bytes = torch.empty(n_bytes, dtype=torch.uint8)
         self._pinned = pinned
         if pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), len(self.bytes), 0))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), n_bytes, 0))
 
     def close(self) -> None:
         if self._pinned:

@@ -77,6 +77,8 @@ ECHO_S = 3.0
 SAVE_BOUND_S = 20.0
 """How long a trainer that ends waits for a save under way; launchers kill 30 s after SIGTERM."""
 SKIPPED = "skipped_steps.jsonl"
+SCORED = "scored.json"
+"""Step → the validation sets that were scored at it."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -131,8 +133,8 @@ class Trainer:
             earlier = find_earlier(config, self.checkpoints, self.peers)
             self.peers.first(lambda: self.folder.record(dump(config)))
 
-            self.loggers = LoggerGroup([logger.build(run_dir=self.folder.path) for logger in config.logger] if self.world.rank == 0 else [])
-            opened.callback(self.loggers.close)
+            self.loggers = self._new_loggers()
+            opened.callback(lambda: self.loggers.close())
             self.watchdog = Watchdog(
                 timeout_s=parallel.timeout_s,
                 first_timeout_s=parallel.init_timeout_s,
@@ -143,6 +145,9 @@ class Trainer:
             )
             self._build(report, earlier, opened)
             self._opened = opened.pop_all()
+
+    def _new_loggers(self) -> LoggerGroup:
+        return LoggerGroup([logger.build(run_dir=self.folder.path) for logger in self.config.logger] if self.world.rank == 0 else [])
 
     def _build(self, report: Report, earlier: Saved | None, opened: ExitStack) -> None:
         config, train, parallel = self.config, self.config.train, self.config.parallel
@@ -219,6 +224,7 @@ class Trainer:
         peak = peak_flops(self.device)
         self.meter = StepMeter(model.flops_per_token(self.phases.max_seq_len), peak and peak * self.world.size, self.device)
         self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
+        self.scored = read_scored(self.folder.path / SCORED)
         self.best = Best.read(self.folder.path, config.checkpoint.best)
         self.saver = Saver(self.checkpoints, peers=self.peers.apart())
         opened.callback(self.saver.close, SAVE_BOUND_S)
@@ -239,6 +245,7 @@ class Trainer:
         elif start is not None:
             self.loader.restore(start)
         self._complete()
+        self._forget_later()
         self.started_at = self.progress.step
         self.peers.first(lambda: self.loggers.start(self.progress.step))
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -354,8 +361,9 @@ class Trainer:
         if self.progress.step >= train.steps:
             where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
             self.loggers.message(f"{where}; raise train.steps to go on")
-            self._finish()
+            self.validate_once(self.validation)
             return None
+        self.validate_once(self._due(self.progress.step))
         if train.gc_every:
             gc.disable()  # a collection in the middle of a step stalls the device
         self.meter.start()
@@ -367,7 +375,7 @@ class Trainer:
                 self._wind_up(str(end))
                 break
             self._between_steps(self.progress.step)
-        self._finish()
+        self.validate_once(self.validation)
         return self.checkpoints / f"step-{self.progress.step:08d}"
 
     def _between_steps(self, step: int) -> None:
@@ -383,9 +391,8 @@ class Trainer:
             self.save(wait=True)
         elif every and step % every == 0:
             self._or_warn(self.save)
-        due = [entry for entry in self.validation if entry.every and step % entry.every == 0]
-        if due and not last:
-            self.validate(due)
+        if not last:
+            self.validate_once(self._due(step))
         if train.sample_every and step % train.sample_every == 0:
             self.sample()
         if train.gc_every and step % train.gc_every == 0:
@@ -401,13 +408,17 @@ class Trainer:
         self.loggers.message(f"{why}: training ends at step {self.progress.step} of {self.config.train.steps}")
         self.save(wait=True)
 
-    def _finish(self) -> None:
-        """The last validation, once: a run killed in it makes up for it when it is started again."""
-        done = self.folder.path / "finished.json"
-        mark = json.dumps({"step": self.progress.step})
-        if not (done.exists() and done.read_text(encoding="utf-8") == mark):
-            self.validate(self.validation)
-            self.peers.first(lambda: write_atomic(done, mark))
+    def _due(self, step: int) -> list[ValidationSet]:
+        return [entry for entry in self.validation if entry.every and step and step % entry.every == 0]
+
+    def validate_once(self, sets: list[ValidationSet]) -> None:
+        """Score those of the sets that have not been scored at this step: a run killed in a validation makes up for it when it is started again."""
+        step, done = self.progress.step, self.scored.get(str(self.progress.step), [])
+        missing = [entry for entry in sets if entry.name not in done]
+        if missing:
+            self.validate(missing)
+            self.scored[str(step)] = [*done, *(entry.name for entry in missing)]
+            self.peers.first(lambda: write_atomic(self.folder.path / SCORED, json.dumps(self.scored)))
 
     def _profiled(self, trace: Path | None) -> None:
         if trace is not None:
@@ -610,6 +621,12 @@ class Trainer:
         randomness.seed_everything(self.config.train.seed + self.progress.step, self.world.rank)
         return [f"it was saved by {len(saved.ranks)} ranks and is shared out over {self.world.size}: dropout and the like draw anew, all else goes on"]
 
+    def _forget_later(self) -> None:
+        """What is known of steps after this one belongs to a run that went on from here once, and was wound back or lost its last checkpoint."""
+        self.scored = {step: names for step, names in self.scored.items() if int(step) <= self.progress.step}
+        if self.best.step is not None and self.best.step > self.progress.step:
+            self.best = Best(self.best.folder, self.best.metric)
+
     def _roll_back(self, began: int) -> None:
         """Back to the newest checkpoint up to step ``began``; the data goes on from here, so what made the loss jump is passed over.
 
@@ -624,9 +641,11 @@ class Trainer:
         count = self.rollbacks + 1
         self._take_up(checkpoint.opened(folder, self.peers))
         self.rollbacks = count
-        self.spikes.reset()
         self.peers.first(lambda: wind_back(self.checkpoints, self.progress.step, self.copies))
         self._complete()
+        self._forget_later()
+        self.loggers.close()
+        self.loggers = self._new_loggers()
         self.peers.first(lambda: self.loggers.start(self.progress.step))
         self.loggers.message(f"WARNING: the loss jumped after step {began}: wound back from step {here} to {self.progress.step}, rollback {count} of {limit}")
         self.saved_step = -1  # saved again, with the data's new place: a kill now must not bring the spike back
@@ -658,6 +677,15 @@ def open_folder(config: RunConfig, peers: Peers) -> RunFolder:
         if folder is not None:
             folder.close()
         raise
+
+
+def read_scored(path: Path) -> dict[str, list[str]]:
+    """Nothing when the file is not there or says nothing: sets are then scored again."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {str(int(step)): list(map(str, names)) for step, names in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def prepare_checkpoints(root: Path, copies: RemoteCopies | None) -> None:

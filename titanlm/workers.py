@@ -14,7 +14,7 @@ the engine asks the workers strictly in turn: otherwise the streams of workers
 that have fewer would run ahead without end.
 
 Workers are forked, so streams built from components of any module are there.
-They ignore SIGINT and SIGTERM, which reach the whole process group: the
+They ignore SIGINT, SIGTERM and SIGUSR1, which reach the whole process group: the
 trainer decides what ends, saves, and stops them. When it is gone they end too.
 """
 
@@ -255,6 +255,7 @@ def _listen(rounds: _Rounds, processes: list[Any], blocks: queue.Queue[Any], sto
 
 
 def _start(rounds: _Rounds, processes: list[Any]) -> Iterator[_Block | None]:
+    import torch
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     before = set(multiprocessing.active_children())
@@ -266,6 +267,7 @@ def _start(rounds: _Rounds, processes: list[Any]) -> Iterator[_Block | None]:
             num_workers=rounds.n_workers,
             collate_fn=_as_it_is,
             multiprocessing_context="fork",
+            generator=torch.Generator(),  # of the engine's own seed, which would else come from what dropout draws from
             prefetch_factor=max(2, rounds.per_worker),
             worker_init_fn=partial(_serve, os.getpid()),
             snapshot_every_n_steps=1 << 62,
@@ -300,7 +302,7 @@ def serve(parent: int) -> None:
     A killed parent tells nobody. The engine notices, and then waits for a pipe
     that nobody empties.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides what ends
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they reach the whole process group; the parent decides what ends
         signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:

@@ -19,13 +19,17 @@ import torch.distributed as dist
 from titanlm.distributed.world import World
 from titanlm.errors import TitanError
 
+BEHIND_S = 60.0
+"""How much longer a collective waits than the watchdog, which knows which rank is to blame."""
+
 
 @contextmanager
 def connected(world: World, device: torch.device, *, timeout_s: float, init_timeout_s: float) -> Iterator[Any]:
     """The default process group inside, and the store behind it, through which ranks leave word for one another.
 
-    ``timeout_s`` bounds every collective (0: a day), ``init_timeout_s`` the
-    wait for the other ranks to come up. Raises TitanError when they do not.
+    ``init_timeout_s`` bounds the wait for the other ranks to come up. A
+    collective waits for longer than it and ``timeout_s`` (one is 0: a day), so
+    that the watchdog ends it. Raises TitanError when they do not.
     """
     if dist.is_initialized():
         raise TitanError("torch.distributed is initialised already; leave it to the trainer, or unset what did it")
@@ -45,7 +49,7 @@ def connected(world: World, device: torch.device, *, timeout_s: float, init_time
             store=dist.PrefixStore("titanlm", store),
             rank=world.rank,
             world_size=world.size,
-            timeout=_seconds(timeout_s),
+            timeout=_seconds(timeout_s and init_timeout_s and max(timeout_s, init_timeout_s) + BEHIND_S),
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:

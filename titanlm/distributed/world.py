@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from titanlm.errors import PeerError, TitanError
@@ -73,7 +74,8 @@ class Peers:
             return self
         import torch.distributed as dist
 
-        return Peers(self.world, dist.new_group(backend="gloo"))
+        # What takes long there, such as a save to a slow disk, is no failure.
+        return Peers(self.world, dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Element-wise over the ranks; each gives as many. 64-bit integers."""
