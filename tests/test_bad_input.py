@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -255,10 +256,17 @@ def test_missing_devices(refuse: Refuse, tiny: Path, monkeypatch: pytest.MonkeyP
 def test_processes(refuse: Refuse, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     (problem,) = problems(refuse("train", tiny))
-    assert problem == "parallel: WORLD_SIZE is 2: this version trains with one process; launch with --nproc-per-node 1"
+    assert problem.startswith("parallel.strategy: 'none' trains with one process and there are 2; use 'replicate'")
     monkeypatch.setattr(World, "from_environment", lambda: World(0, 3))
+    (problem,) = problems(refuse("train", tiny, "--parallel.strategy=fsdp2"))
+    assert problem.endswith("8 streams of data, cannot be shared out evenly among 3 ranks; 1, 2 ranks can")
+    monkeypatch.undo()
+    monkeypatch.setenv("RANK", "5")
     (problem,) = problems(refuse("train", tiny))
-    assert problem == "data.n_streams: 8 streams cannot be shared out evenly among 3 ranks"
+    assert problem.startswith("parallel: the environment contradicts itself: RANK=5 WORLD_SIZE=1")
+    monkeypatch.setenv("RANK", "one")
+    (problem,) = problems(refuse("train", tiny))
+    assert problem.startswith("parallel: the environment variable RANK is 'one', which is no whole number")
 
 
 # ---------------------------------------------------------------- runs, checkpoints, artifacts
@@ -329,24 +337,24 @@ def test_damaged_artifacts(refuse: Refuse, trained: Path) -> None:
 
 def test_a_run_with_damaged_checkpoints_only(refuse: Refuse, tiny: Path, trained: Path) -> None:
     for folder in (trained / "checkpoints").iterdir():
-        file = folder / "model.safetensors"
+        file = folder / "model-00000.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
     for verb in ("eval", "export", "generate"):
         message = refuse(verb, trained)
-        assert message.count("model.safetensors is damaged: its size or sha256 differs from the manifest; passed over") == 2
+        assert len(re.findall(r"model-00000\.safetensors \(part of rank 0\) is damaged: .*; passed over", message)) == 2
         assert message.endswith(f"{trained}: no valid checkpoint in it yet\n")
     message = refuse("train", tiny, "--train.steps=4", "--checkpoint.every=2")  # it does not start over what was trained before
-    assert message.count("model.safetensors is damaged") == 2
+    assert message.count("model-00000.safetensors (part of rank 0) is damaged") == 2
     assert message.endswith("no checkpoint in it is sound; move the run folder away or choose another run.name to start anew\n")
-    assert "step-00000002: model.safetensors is damaged" in refuse("eval", trained / "checkpoints" / "step-00000002")
-    assert "step-00000002: model.safetensors is damaged" in refuse("export", trained, "--step=2")
+    assert "step-00000002: model-00000.safetensors (part of rank 0) is damaged" in refuse("eval", trained / "checkpoints" / "step-00000002")
+    assert "step-00000002: model-00000.safetensors (part of rank 0) is damaged" in refuse("export", trained, "--step=2")
 
 
 def test_settings_that_may_not_change_on_resume(refuse: Refuse, tiny: Path, trained: Path) -> None:
     message = refuse("train", tiny, "--train.steps=6", "--checkpoint.every=2", "--train.clip=0.5", "--model.n_layers=3")
     assert "train.clip: 1.0 → 0.5" in message
     assert "model.n_layers: 2 → 3" in message
-    assert "go back to them or choose another run.name" in message
+    assert "go back to them, choose another run.name, or name them in checkpoint.allow_changes" in message
     message = refuse("train", tiny, "--checkpoint.resume=never")
     assert "holds checkpoints and checkpoint.resume is 'never'; choose another run.name" in message
 

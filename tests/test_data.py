@@ -14,6 +14,7 @@ import torch
 from titanlm.batch import IGNORE, Document
 from titanlm.data import DataEnded, Loader, merge_states, validation_batches
 from titanlm.datasets.documents import INDEX_BITS
+from titanlm.distributed.world import Peers
 from titanlm.errors import DataError
 from titanlm.packers.boundaries import finish
 from titanlm.progress import Phase
@@ -370,7 +371,7 @@ def test_streams_that_end_are_padded_until_all_have(folder, workers):
     padded = 0
 
     def read_on() -> int:
-        step = loader.next(PHASE)
+        step = loader.next(PHASE).over(Peers())
         loader.commit()
         for batch in step.micro_batches:
             for document in batch.document_ids[batch.labels != IGNORE].tolist():
@@ -393,7 +394,7 @@ def test_streams_that_end_are_padded_until_all_have(folder, workers):
     again = Loader(streams_of(folder, 4, epochs=2), prefetch=0)
     again.restore(through_json(state))
     with pytest.raises(DataEnded):
-        again.next(PHASE)
+        again.next(PHASE).over(Peers())
 
 
 def test_bytes_that_do_not_add_up_name_the_document():

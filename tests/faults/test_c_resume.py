@@ -129,7 +129,15 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train_step", counted)
 
 
-FULL = ["--train.steps=8", "--checkpoint.every=4", "--train.log_every=3", "--scheduler.name=cosine", "--train.on_nonfinite=skip", "--spike.sigmas=6", "--validation=[]"]
+FULL = [
+    "--train.steps=8",
+    "--checkpoint.every=4",
+    "--train.log_every=3",
+    "--scheduler.name=cosine",
+    "--train.on_nonfinite=skip",
+    "--spike.sigmas=6",
+    "--validation=[]",
+]
 
 
 def test_c8_each_part_of_the_state_matters(tiny: Path, noisy: None, monkeypatch: pytest.MonkeyPatch) -> None:

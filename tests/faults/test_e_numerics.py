@@ -72,9 +72,7 @@ def run(config: Path, *overrides: str) -> Trainer:
 
 @pytest.mark.parametrize("averaged", [True, False], ids=["with an averager", "device alone"])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")], ids=str)
-def test_e1_a_bad_step_is_skipped_whole_and_its_documents_are_written_down(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, averaged: bool, factor: float
-) -> None:
+def test_e1_a_bad_step_is_skipped_whole_and_its_documents_are_written_down(tiny: Path, monkeypatch: pytest.MonkeyPatch, averaged: bool, factor: float) -> None:
     overrides = ["--run.name=x", "--train.steps=6", "--train.on_nonfinite=skip", "--train.log_every=6", "--scheduler=constant", "--checkpoint.every=1"]
     if not averaged:
         text = tiny.read_text()
@@ -176,9 +174,7 @@ def test_e3_a_jump_before_the_first_checkpoint_says_so(tiny: Path, monkeypatch: 
         run(tiny, "--run.name=x", *SPIKE, "--checkpoint.every=0")
 
 
-def test_e5_out_of_memory_in_a_validation_does_not_end_training(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_e5_out_of_memory_in_a_validation_does_not_end_training(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     forward = TrainModule.forward
 
     def full(self: Any, batch: Any) -> Any:
