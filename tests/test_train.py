@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -385,6 +386,16 @@ def test_absent_cuda_is_an_error() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(TitanError, match="titanlm env"):
             choose_device("cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("strategy", "mode"), [("fsdp2", "block"), ("fsdp2", "model"), ("replicate", "model")])
+def test_compiled_ranks_agree_with_one_process(tiny: Path, zygote: Any, strategy: str, mode: str) -> None:
+    common = ["--train.steps=4", "--scheduler=constant", "--train.activation_checkpointing=selective"]
+    zygote.train(tiny, "--run.name=one", *common).expect(0)
+    zygote.train(tiny, "--run.name=two", f"--parallel.strategy={strategy}", f"--train.compile={mode}", *common, ranks=2).expect(0, timeout_s=280)
+    assert losses(tiny.parent / "runs" / "two") == pytest.approx(losses(tiny.parent / "runs" / "one"), rel=1e-5)
 
 
 @pytest.mark.slow

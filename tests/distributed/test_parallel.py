@@ -11,6 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.distributed
 
+KEPT = ("--parallel.reshard_after_forward=false",)
 HSDP = "--parallel.strategy=hsdp", "--parallel.shards=2"
 
 
@@ -39,7 +40,14 @@ def alone(tiny: Path, zygote: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("ranks", "strategy"),
-    [(1, ("fsdp2",)), (2, ("fsdp2",)), (4, ("fsdp2",)), (1, ("replicate",)), (2, ("replicate",)), (4, ("replicate",)), (4, HSDP)],
+    [
+        (4, ("fsdp2",)),
+        (2, ("replicate",)),
+        *(
+            pytest.param(ranks, how, marks=pytest.mark.slow)
+            for ranks, how in ((1, ("fsdp2",)), (2, ("fsdp2",)), (1, ("replicate",)), (4, ("replicate",)), (4, HSDP))
+        ),
+    ],
     ids=lambda value: value[0].rpartition("=")[2] if isinstance(value, tuple) else str(value),
 )
 def test_losses_and_scores_equal_one_process(tiny: Path, zygote: Any, alone: Path, ranks: int, strategy: tuple[str, ...]) -> None:
@@ -56,10 +64,10 @@ def test_losses_and_scores_equal_one_process(tiny: Path, zygote: Any, alone: Pat
     ("settings", "own"),
     [
         (["--model.tie_embeddings=false"], []),
-        (["--model.embedding_rank=8"], []),
+        pytest.param(["--model.embedding_rank=8"], [], marks=pytest.mark.slow),
         (["--train.precision=bf16"], []),
-        ([], ["--train.activation_checkpointing=selective", "--parallel.prefetch_blocks=1", "--parallel.reshard_after_forward=false"]),
-        ([], ["--parallel.cpu_offload=true", "--train.activation_checkpointing=full"]),
+        pytest.param([], ["--train.activation_checkpointing=selective", "--parallel.prefetch_blocks=1", *KEPT], marks=pytest.mark.slow),
+        pytest.param([], ["--parallel.cpu_offload=true", "--train.activation_checkpointing=full"], marks=pytest.mark.slow),
         (["--train.sample_every=2", "--train.validate_every=1"], []),
     ],
     ids=["untied", "factorised", "bf16", "kept", "offload", "sampling"],
@@ -75,6 +83,7 @@ def test_sharded_forms_of_the_model_equal_one_process(tiny: Path, zygote: Any, s
     assert all(sample == samples[0] for sample in samples)
 
 
+@pytest.mark.slow
 def test_gathering_in_the_compute_dtype_rounds_as_documented(tiny: Path, zygote: Any) -> None:
     common = ["--train.micro_batch=1", "--train.steps=4", "--scheduler=constant", "--train.precision=bf16"]
     zygote.train(tiny, "--run.name=one", *common).expect(0)

@@ -159,6 +159,7 @@ def test_a19_data_that_end_between_two_saves_are_followed_by_one(tiny: Path, zyg
 
 
 # ---------------------------------------------------------------- A20
+@pytest.mark.slow
 def test_a20_a_finished_run_with_more_steps_goes_on_as_if_it_had_had_them_all_along(tiny: Path, zygote: Any) -> None:
     """Under a schedule that does not look at the end."""
     runs = tiny.parent / "runs"

@@ -189,6 +189,7 @@ def finished(tiny: Path) -> Path:
     return tiny.parent / "runs" / "finished"
 
 
+@pytest.mark.slow
 def test_c5_one_run_over_changing_numbers_of_ranks_and_strategies(tiny: Path, zygote: Any) -> None:
     """2 → 1 → 4 → 2 ranks: the same rows, and losses within 1e-6 a step of one process; V = 257 divides by none of them (C12)."""
     common = ["--train.micro_batch=1", "--scheduler=constant", "--validation=[]", "--checkpoint.every=0"]
@@ -204,6 +205,7 @@ def test_c5_one_run_over_changing_numbers_of_ranks_and_strategies(tiny: Path, zy
     assert differences(*(merge_states([own["data"] for own in saved.ranks]) for saved in (one, two))) == []
 
 
+@pytest.mark.slow
 def test_c2_two_ranks_resumed_three_times_are_bitwise_the_straight_two(tiny: Path, zygote: Any) -> None:
     arguments = ["--parallel.strategy=fsdp2", *SHORT]
     zygote.train(tiny, "--run.name=straight", *arguments, ranks=2, before=RANDOM).expect(0)
