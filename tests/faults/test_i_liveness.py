@@ -26,7 +26,7 @@ STEPS = 10
 PROVED = {
     "I1 a second signal": "tests/test_interrupts.py::test_i1_the_second_signal_ends_the_process_at_once",
     "I1 one process": "tests/test_train.py::test_interrupted_in_the_middle_of_accumulation",
-    "I3 whoever it is": "tests/distributed/test_watchdog.py",
+    "I3 whoever it is": "tests/distributed/test_watchdog.py::test_i3_a_stopped_rank_is_named_and_the_waiting_one_ends",
 }
 """Cases of the fault matrix that other files prove."""
 
