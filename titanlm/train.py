@@ -468,9 +468,7 @@ class Trainer:
         for step, documents in self.guard.check():
             everywhere = sorted({document for own in self.peers.gather(documents) for document in own})
             self.loggers.message(f"WARNING: step {step + 1} was passed over: its loss or gradient is not finite; its documents are in {SKIPPED}")
-            if self.world.rank == 0:
-                with (self.folder.path / SKIPPED).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step + 1, "documents": everywhere}) + "\n")
+            self.peers.first(partial(append_line, self.folder.path / SKIPPED, {"step": step + 1, "documents": everywhere}))
 
     def validate(self, sets: list[ValidationSet]) -> dict[str, float]:
         """Score sets with the raw weights and, where there is an averager, the averaged ones."""
@@ -555,17 +553,16 @@ class Trainer:
     def save(self, *, wait: bool = False) -> None:
         """Write a checkpoint of the last completed step, unless there is one, in the background unless told to wait.
 
-        Raises CheckpointError when it, or an earlier one that is still being written, fails.
+        Raises CheckpointError when it is waited for and fails.
         """
-        if self.saved_step != self.progress.step:
-            self._check_finite()
-            wait = wait or not self.config.checkpoint.asynchronous
-            with self.meter.pause():
-                self._await_saver()
+        with self.meter.pause():
+            # Ranks hear at different steps that an earlier save has failed. From here on all know, and so all save now or none.
+            self._or_warn(self._await_saver)
+            if self.saved_step != self.progress.step:
+                self._check_finite()
                 self.saver.save(self.progress.step, self.state(), self.own_state(), dump(self.config), after=partial(self._published, self.best.step))
-            self.saved_step = self.progress.step
-        if wait:
-            with self.meter.pause():
+                self.saved_step = self.progress.step
+            if wait or not self.config.checkpoint.asynchronous:
                 self._await_saver()
 
     def _await_saver(self) -> None:
@@ -677,6 +674,15 @@ def open_folder(config: RunConfig, peers: Peers) -> RunFolder:
         if folder is not None:
             folder.close()
         raise
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Raises TitanError when the file cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise TitanError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def read_scored(path: Path) -> dict[str, list[str]]:

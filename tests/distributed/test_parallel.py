@@ -171,3 +171,23 @@ if rank == 1:
     launched = zygote.train(tiny, "--parallel.strategy=fsdp2", ranks=2, before=before).expect(2)
     assert "rank 1: row 7 cannot be read" in launched.output(1)
     assert [folder.name for folder in (tiny.parent / "runs" / "tiny" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a9_ranks_that_hear_of_a_failed_save_at_different_steps_go_on_together(tiny: Path, zygote: Any) -> None:
+    before = """
+from titanlm import checkpoint, saver
+write, calls = checkpoint._write_part, []
+def failing(*arguments):
+    calls.append(None)
+    if rank == 1 and len(calls) == 1:
+        raise OSError(28, "No space left on device")
+    return write(*arguments)
+checkpoint._write_part = failing
+if rank == 0:
+    saver.Saver.poll = lambda self: self.wait() if not self.busy and len(calls) > 3 else None  # late
+"""
+    arguments = ["--parallel.strategy=fsdp2", "--train.steps=8", "--scheduler=constant", "--checkpoint.every=2", "--validation=[]"]
+    launched = zygote.train(tiny, *arguments, ranks=2, before=before).expect(0)
+    assert "rank 1: [Errno 28] No space left on device" in launched.output(0)
+    steps = sorted(folder.name for folder in (tiny.parent / "runs" / "tiny" / "checkpoints").iterdir())
+    assert steps == ["step-00000004", "step-00000006", "step-00000008"]
