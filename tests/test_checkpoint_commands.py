@@ -242,3 +242,18 @@ def test_a_disk_that_refuses(run: Path, command: Command, monkeypatch: pytest.Mo
     monkeypatch.setattr(shutil, "rmtree", refuse)
     assert "step-00000010 cannot be deleted: Permission denied" in command("prune", run, "--keep-last", "1", status=2)
     Lock(run / ".lock").release()
+
+
+def test_a_rewound_run_does_not_fetch_the_later_copy(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from titanlm.cli import main
+
+    train = ["train", str(tiny), "--scheduler=constant", "--checkpoint.every=2", "--validation=[]", f"--checkpoint.copy_to={tmp_path / 'copies'}"]
+    assert main([*train, "--train.steps=6"]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert main(["checkpoint", "rewind", str(run), "--step", "2"]) == 0
+    assert "goes on from step 2" in capsys.readouterr().out
+    assert main([*train, "--train.steps=4"]) == 0
+    assert "(step 2," in capsys.readouterr().out
+    shutil.rmtree(run / "checkpoints")
+    assert main([*train, "--train.steps=5"]) == 0
+    assert "(step 4," in capsys.readouterr().out

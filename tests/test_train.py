@@ -334,6 +334,15 @@ def test_changed_settings_on_resume(tiny: Path) -> None:
     assert len(losses(tiny.parent / "runs" / "x")) == 4
 
 
+def test_a8_too_little_room_is_said_at_the_start(tiny: Path, monkeypatch, capsys) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tiny.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    run(tiny, "--run.name=x", "--train.steps=1", "--scheduler=constant", "--checkpoint.every=0", "--validation=[]")
+    assert "0.0 GiB are free, and checkpoint.keep_last = 10 and one being written take about" in capsys.readouterr().out
+
+
 def test_changed_data_on_resume(tiny: Path, corpus: Path) -> None:
     run(tiny, "--run.name=d", "--train.steps=3", "--scheduler=constant")
     corpus.write_text(corpus.read_text() + "\n\none more paragraph")

@@ -47,6 +47,10 @@ class Best:
         """The step is the best."""
         return replace(self, value=metrics[self.metric], step=step)
 
+    def forget(self) -> None:
+        """That checkpoint is no longer of this run."""
+        (self.folder / "best.json").unlink(missing_ok=True)
+
     def write(self) -> None:
         """To be read by the next start; its checkpoint is there already."""
         write_atomic(self.folder / "best.json", json.dumps({"metric": self.metric, "value": self.value, "step": self.step}))

@@ -95,6 +95,8 @@ def _check(config: RunConfig) -> Report:
     for index, optimizer in enumerate(config.optimizer):
         if optimizer.config.lr < 1e-5:
             report.warnings.append(f"optimizer.{index}.lr: {optimizer.config.lr:g} is low for pretraining; 1e-4 to 1e-2 is usual")
+    if config.spike.sigmas and config.checkpoint.save_only_model:
+        report.problems.append("spike.sigmas: nothing can be wound back to checkpoints of weights alone; set checkpoint.save_only_model = false")
     if config.checkpoint.copy_to:
         from titanlm.checkpoint_copy import RemoteCopies
 

@@ -85,12 +85,12 @@ def publish(root: Path, step: int, part: Callable[[], Part], config_toml: str, *
     published = False
     files: dict[str, Any] = {}
 
-    def begin() -> str:
+    def begin() -> list[Any]:
         if peers.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
             temporary.mkdir()
-        return temporary.name
+        return [temporary.name, step]
 
     def put_in_place() -> None:
         if peers.rank == 0:
@@ -101,10 +101,13 @@ def publish(root: Path, step: int, part: Callable[[], Part], config_toml: str, *
             _swap(temporary, target)
 
     try:
-        folder = root / _together(peers, begin)[0]
-        for written in _together(peers, lambda: _write_part(folder, step, part(), config_toml, peers.rank, finite)):
+        announced = together(peers, begin)
+        if any(number != step for _, number in announced):  # parts of several steps would pass for one checkpoint
+            raise CheckpointError(f"the ranks are at different saves: {[number for _, number in announced]}")
+        folder = root / announced[0][0]
+        for written in together(peers, lambda: _write_part(folder, step, part(), config_toml, peers.rank, finite)):
             files.update(written)
-        _together(peers, put_in_place)
+        together(peers, put_in_place)
         published = True
     except Exception as error:  # whatever it is, it must not end one rank alone
         raise CheckpointError(f"{target}: cannot be saved: {error}; earlier checkpoints are untouched") from error
@@ -176,7 +179,7 @@ def _swap(temporary: Path, target: Path) -> None:
     _remove(old)
 
 
-def _together(peers: Peers, work: Callable[[], Any]) -> list[Any]:
+def together(peers: Peers, work: Callable[[], Any]) -> list[Any]:
     """What every rank's work gave (JSON). One failure is everyone's: a rank that went on alone would wait for the others for ever."""
     failure: Exception | None = None
     result = None
@@ -225,7 +228,7 @@ def opened(folder: Path, peers: Peers = ALONE) -> Saved:
         raise CheckpointError(f"{folder}: {problem}")
     found: list[Saved] = []
     try:
-        _together(peers, lambda: found.append(_read(folder)))
+        together(peers, lambda: found.append(_read(folder)))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return found[0]
@@ -387,7 +390,7 @@ def steps(root: Path) -> list[tuple[int, Path]]:
 def latest(root: Path, peers: Peers = ALONE, *, at_most: int | None = None) -> Path | None:
     """The newest valid checkpoint (up to step ``at_most``), the same on every rank; damaged ones are named on stderr and passed over. Collective."""
     # As rank 0 sees them: a file system may show the others a folder later.
-    names = _together(peers, lambda: [folder.name for step, folder in steps(root) if at_most is None or step <= at_most] if peers.rank == 0 else None)[0]
+    names = together(peers, lambda: [folder.name for step, folder in steps(root) if at_most is None or step <= at_most] if peers.rank == 0 else None)[0]
     if peers.rank == 0 and root.is_dir():
         _warn_of_look_alikes(root, set(names))
     for name in reversed(names):

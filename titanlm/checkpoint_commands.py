@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli
+
 from titanlm import checkpoint
 from titanlm.best import Best
 from titanlm.checkpoint_copy import RemoteCopies
@@ -244,6 +246,14 @@ def _bytes(n_bytes: int) -> str:
 
 
 # ---------------------------------------------------------------- rewind
+def _copied_to(run: Path) -> str:
+    """`checkpoint.copy_to` of the run's newest start; its components need not be importable here."""
+    try:
+        return str(tomli.loads((run / "config.toml").read_text(encoding="utf-8")).get("checkpoint", {}).get("copy_to", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def rewind(run: Path, step: int) -> str:
     """Make a run go on from an earlier checkpoint; later ones are moved aside and can be moved back by hand.
 
@@ -260,6 +270,8 @@ def rewind(run: Path, step: int) -> str:
         lock = Lock(run / ".lock")
         try:
             moved = checkpoint.set_aside(run / "checkpoints", step)
+            if url := _copied_to(run):
+                RemoteCopies(url).wind_back(step)  # or the next start would fetch a later one
         finally:
             lock.release()
     except OSError as error:

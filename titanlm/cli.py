@@ -4,8 +4,9 @@ Nothing heavy is imported before a verb needs it, so ``--help``, ``list`` and
 ``describe`` answer without torch. Settings are changed by overrides,
 ``--section.key=value``, which are told from a verb's own options by name.
 
-Exit status: 0 done; 1 a check found something; 2 the input is wrong, said on
-standard error in one piece; 130 interrupted.
+Exit status: 0 done; 1 a check found something; 2 the input is wrong or a run
+cannot go on, said on standard error in one piece; 75 a run was ended because it
+hung; 130, 138, 143 interrupted by SIGINT, SIGUSR1, SIGTERM.
 """
 
 from __future__ import annotations

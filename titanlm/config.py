@@ -180,7 +180,7 @@ class Checkpoint:
     initial_load: InitialLoad | None = None
     """Weights that a new run begins with, from another run, a checkpoint, an artifact or safetensors; optimizer, data and step are fresh."""
     copy_to: str = ""
-    """Folder or URL (s3://bucket/run) that gets a copy of every checkpoint; a run folder without checkpoints is filled from it."""
+    """Folder or URL (s3://bucket/run) that gets a copy of every checkpoint; a start takes the newest copy where it is newer than what the run folder has."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest valid checkpoint of the run folder; never: refuse a folder that has one."""
     allow_changes: tuple[str, ...] = ()

@@ -149,7 +149,8 @@ def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callabl
 def in_turn(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
     """Every ``size``-th batch, and at the end one without labels where others still have one."""
     remaining = iter(batches)
-    while turn := list(islice(remaining, peers.size)):
+    # A row that one rank cannot read ends the scoring on all of them.
+    while turn := peers.agree(lambda: list(islice(remaining, peers.size))):
         yield turn[peers.rank] if peers.rank < len(turn) else turn[0].unlabelled()
 
 

@@ -61,7 +61,10 @@ class FiniteGuard:
         """Optimizers make their state in the first step that counts; fused SGD leaves it uninitialised in one that does not."""
         flagless = False
         for optimizer in optimizers:
-            if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.defaults.get("fused"):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            # A flag on another device would be copied over while the kernel reads it.
+            beside = all(parameter.device.type == torch.device(device).type for parameter in parameters)
+            if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.defaults.get("fused") and beside:
                 optimizer.found_inf, optimizer.grad_scale = self.bad, None
             else:
                 flagless = True

@@ -52,10 +52,15 @@ def find_earlier(config: RunConfig, root: Path, peers: Peers | None = None) -> S
 
 def require_same_run(stored: RunConfig, config: RunConfig, folder: Path) -> None:
     """Raise CheckpointError with the settings that differ and may not on resume."""
-    free: tuple[str, ...] = (*RESUMABLE, *RESUMABLE_DATA, *RESUMABLE_SECTIONS, *RESUMABLE_ROUNDING, *config.checkpoint.allow_changes)
+    free: tuple[str, ...] = (*RESUMABLE, *RESUMABLE_DATA, *RESUMABLE_SECTIONS, *RESUMABLE_ROUNDING)
+    allowed = config.checkpoint.allow_changes
     if not any(hasattr(quantizer.build(), "prepare") for quantizer in (*stored.quantizer, *config.quantizer)):
         free += ("quantizer",)  # none has a part in training
-    changed = [f"{path}: {before!r} → {after!r}" for path, before, after in diff(stored, config) if not path.startswith(free)]
+    changed = [
+        f"{path}: {before!r} → {after!r}"
+        for path, before, after in diff(stored, config)
+        if not path.startswith(free) and not any(f"{path}.".startswith(f"{name}.") for name in allowed)
+    ]
     if changed:
         remedy = "go back to them, choose another run.name, or name them in checkpoint.allow_changes if the run may go on otherwise than it began"
         raise CheckpointError(f"{folder} was saved with other settings; {remedy}:\n  " + "\n  ".join(changed))

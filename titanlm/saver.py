@@ -117,8 +117,8 @@ class Saver:
             folder = checkpoint.publish(self.root, step, part, config_toml, peers=self.peers, finite=self.finite)
             if after is not None:
                 try:
-                    after(folder)
-                except Exception as error:
+                    checkpoint.together(self.peers, lambda: after(folder))
+                except CheckpointError as error:
                     raise CheckpointError(f"{folder}: is saved, but what was to follow failed: {error}") from error
         except CheckpointError as error:
             self._failure = error

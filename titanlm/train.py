@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ class Trainer:
         model.to_empty(device=self.strategy.parameter_device(self.device))
         initialise(model, train.seed)
         fresh = earlier is None and config.checkpoint.initial_load is not None
-        notes = self.peers.agree(lambda: load_initial(config, model, self.tokenizer)) if fresh else []
+        notes = load_initial(config, model, self.tokenizer, self.peers) if fresh else []
 
         # 10. Compiled in place: state keeps its names. Each phase's shapes compile once.
         self.compiled = compile_module(self.module, train.compile)
@@ -224,10 +225,12 @@ class Trainer:
         peak = peak_flops(self.device)
         self.meter = StepMeter(model.flops_per_token(self.phases.max_seq_len), peak and peak * self.world.size, self.device)
         self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
-        self.scored = read_scored(self.folder.path / SCORED)
+        # As rank 0 reads them: a file system may show the others an older file, and all must come to the same decisions.
         self.best = Best.read(self.folder.path, config.checkpoint.best)
+        self.scored, value, step = self.peers.gather([read_scored(self.folder.path / SCORED), self.best.value, self.best.step])[0]
+        self.best = replace(self.best, value=value, step=step)
         self.saver = Saver(self.checkpoints, peers=self.peers.apart())
-        opened.callback(self.saver.close, SAVE_BOUND_S)
+        opened.callback(self._close_saver)
         self.profile = ProfileWindow(config.profile, self.folder.path)
         opened.callback(lambda: self._profiled(self.profile.close()))
         self.interrupts = Interrupts(echo_s=ECHO_S if self.world.size > 1 else 0.0)
@@ -341,9 +344,9 @@ class Trainer:
                     return self._train()
                 except (Interrupted, DataError, PeerError) as error:
                     self._abandon()
-                    self.save(wait=True)
                     why = error if isinstance(error, Interrupted) else "stopped"
-                    self.loggers.message(f"{why}: saved step {self.progress.step}; start again to go on from there")
+                    if self._or_warn(partial(self.save, wait=True)):
+                        self.loggers.message(f"{why}: saved step {self.progress.step}; start again to go on from there")
                     raise
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -499,9 +502,10 @@ class Trainer:
         return metrics
 
     def _score(self, entry: ValidationSet) -> Scores:
-        scores = score(self.module, entry, self.device, self._poll(f"validation {entry.name!r}"), self.peers)
-        self.strategy.settle()
-        return scores
+        try:
+            return score(self.module, entry, self.device, self._poll(f"validation {entry.name!r}"), self.peers)
+        finally:
+            self.strategy.settle()  # after a failure too: what is still gathered would hide that the weights have changed
 
     def _poll(self, doing: str) -> Callable[[], None]:
         """To be called often by whatever takes long between steps."""
@@ -565,6 +569,13 @@ class Trainer:
             if wait or not self.config.checkpoint.asynchronous:
                 self._await_saver()
 
+    def _close_saver(self) -> None:
+        """What ends the run has been said, or is about to be, and must not be hidden by this."""
+        try:
+            self.saver.close(SAVE_BOUND_S)
+        except CheckpointError as error:
+            self.loggers.message(f"WARNING: {error}")
+
     def _await_saver(self) -> None:
         """Until nothing is being written any more, however long it takes: a slow disk is not a hanging rank."""
         try:
@@ -581,9 +592,12 @@ class Trainer:
         if self.world.rank == 0:
             settings = self.config.checkpoint
             kept: dict[str, Any] = {"keep_last": settings.keep_last, "best": best, "keep_every": settings.keep_every}
-            if self.copies is not None:
-                self.copies.upload(folder, **kept)
             checkpoint.rotate(self.checkpoints, newest=int(folder.name.removeprefix("step-")), **kept)
+            if self.copies is not None:
+                try:
+                    self.copies.upload(folder, **kept)
+                except CheckpointError as error:  # the checkpoint itself is sound, and the next copy may work
+                    print(printable(f"WARNING: {error}"), file=sys.stderr)
 
     def _or_warn(self, action: Callable[[], None]) -> bool:
         """Whether it worked. A full disk in the middle of a run is no reason to end it; the next save may work."""
@@ -620,8 +634,12 @@ class Trainer:
 
     def _forget_later(self) -> None:
         """What is known of steps after this one belongs to a run that went on from here once, and was wound back or lost its last checkpoint."""
-        self.scored = {step: names for step, names in self.scored.items() if int(step) <= self.progress.step}
+        scored = {step: names for step, names in self.scored.items() if int(step) <= self.progress.step}
+        if scored != self.scored:
+            self.scored = scored
+            self.peers.first(lambda: write_atomic(self.folder.path / SCORED, json.dumps(scored)))
         if self.best.step is not None and self.best.step > self.progress.step:
+            self.peers.first(self.best.forget)
             self.best = Best(self.best.folder, self.best.metric)
 
     def _roll_back(self, began: int) -> None:
@@ -723,14 +741,17 @@ def room_for_checkpoints(config: RunConfig, model: Any, root: Path) -> list[str]
     return [f"WARNING: {root}: {free / GIB:.1f} GiB are free, and {kept}"]
 
 
-def load_initial(config: RunConfig, model: Any, tokenizer: Any) -> list[str]:
+def load_initial(config: RunConfig, model: Any, tokenizer: Any, peers: Peers) -> list[str]:
     """Weights of another run, checkpoint or artifact into a fresh model; what is to be told of them."""
     from titanlm.initial_load import initial_weights
 
-    assert config.checkpoint.initial_load is not None
-    fresh = dict(model.named_parameters()) | dict(model.named_buffers())
-    weights, notes = initial_weights(config.checkpoint.initial_load, model, tokenizer=tokenizer.fingerprint, fresh=lambda name: whole(fresh[name]))
-    load_weights(model, weights, config.checkpoint.initial_load.path)
+    settings = config.checkpoint.initial_load
+    assert settings is not None
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    # Gathered now, if at all: a rank that cannot read the source must not leave the others in the middle of it.
+    fresh = {name: whole(tensor) for name, tensor in tensors.items()} if settings.skip or settings.grow == "init" else {}
+    weights, notes = peers.agree(lambda: initial_weights(settings, model, tokenizer=tokenizer.fingerprint, fresh=fresh.__getitem__))
+    load_weights(model, weights, settings.path)
     return notes
 
 
