@@ -38,6 +38,7 @@ def test_the_summary_counted_by_hand(tiny: Path) -> None:
         "tokens per step  384 = 8 rows × 48, 2 micro-batches",
         f"whole run        7,680 tokens, {flops * 7680:.3g} FLOPs",
         f"memory           {parameters * 20 / 2**30:.3f} GiB for weights, gradients, two moments and average; activations come on top",
+        f"checkpoint       {parameters * 16 / 2**30:.3f} GiB, and 10 are kept",
         "documents        186 train, 14 validation",
     ]
 

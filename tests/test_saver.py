@@ -29,7 +29,7 @@ def test_the_failure_of_what_follows_is_said_and_the_checkpoint_stays(tmp_path: 
         raise RuntimeError("no route to host")
 
     saver = Saver(tmp_path)
-    with pytest.raises(CheckpointError, match="step-00000001: is saved, but what was to follow failed: no route to host"):
+    with pytest.raises(CheckpointError, match="step-00000001: is saved, but what was to follow failed: RuntimeError: no route to host"):
         saver.save(1, {"x": 1}, {}, "", after=fail, wait=True)
     saver.close()
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
