@@ -38,7 +38,7 @@ def train(config: Path, *overrides: str) -> Path:
 
 
 def documents_read(run: Path) -> list[int]:
-    state, _ = load_checkpoint(steps(run / "checkpoints")[-1][1])
+    (state,) = load_checkpoint(steps(run / "checkpoints")[-1][1]).ranks
     return [stream["dataset"]["counts"]["documents"] for stream in state["data"]["streams"].values()]
 
 
@@ -69,7 +69,7 @@ def test_a_record_of_others_is_taken_up_by_whole_shards_and_said_to_be_approxima
     assert "APPROXIMATE" in capsys.readouterr().out
     ordered = ("--dataset.shuffle=false", "--validation=[]", "--train.steps=1", "--data.n_streams=4", "--dataset.validation_fraction=0")
     run = train(tiny, *ordered, f"--data.start={start}")
-    state, _ = load_checkpoint(steps(run / "checkpoints")[-1][1])
+    (state,) = load_checkpoint(steps(run / "checkpoints")[-1][1]).ranks
     taken = [stream["dataset"] for stream in state["data"]["streams"].values()]
     assert all(one["taken"] - one["counts"]["documents"] == 5 for one in taken)
     assert main(["train", str(tiny), f"--data.start={start}", "--run.name=shuffled"]) == 2

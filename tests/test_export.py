@@ -200,13 +200,13 @@ def test_a_run_without_an_average_has_two_scores(tiny: Path) -> None:
 
 # ---------------------------------------------------------------- what is in it
 def test_quantized_within_the_limit_and_close(tiny: Path) -> None:
-    run = train(tiny, "--export.max_bytes=30_000")
+    run = train(tiny, "--export.max_bytes=31_000")
     plain = scores(export_run(run, overrides=["--export.max_bytes=99_999", "--export.dtype=float32"]))
     quantized = scores(export_run(run, overrides=[QUANTIZERS]))
     assert plain["after round trip"] == plain["averaged"] == quantized["averaged"]
     assert quantized["after round trip"] == pytest.approx(plain["averaged"], abs=0.02)
     header = inspect(run / "artifact.titanlm")
-    assert (run / "artifact.titanlm").stat().st_size <= 30_000
+    assert (run / "artifact.titanlm").stat().st_size <= 31_000
     by_quantizer = {spec.name: header.quantizers[spec.quantizer][0] if spec.quantizer is not None else spec.dtype for spec in header.tensors}
     assert by_quantizer["embedding.weight"] == "int8"
     assert by_quantizer["blocks.0.attention.q_proj.weight"] == "int6"

@@ -35,7 +35,7 @@ def run(tiny: Path) -> Path:
 
 
 def flip(folder: Path) -> None:
-    file = folder / "model.safetensors"
+    file = folder / "model-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -59,7 +59,7 @@ def test_which_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     flip(root / "step-00000004")
     capsys.readouterr()
     assert find_checkpoint(run) == root / "step-00000002"
-    assert "step-00000004: model.safetensors is damaged" in capsys.readouterr().err
+    assert "step-00000004: model-00000.safetensors (part of rank 0) is damaged" in capsys.readouterr().err
     assert find_checkpoint(run, 4) == root / "step-00000004"  # named by the user: opening it will say what is wrong
     flip(root / "step-00000002")
     with pytest.raises(CheckpointError, match="no valid checkpoint in it yet"):
@@ -68,7 +68,7 @@ def test_which_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_damage_is_named_when_a_target_is_opened(run: Path) -> None:
     flip(run / "checkpoints" / "step-00000002")
-    with pytest.raises(CheckpointError, match=r"step-00000002: model\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"step-00000002: model-00000\.safetensors \(part of rank 0\) is damaged"):
         open_target(run / "checkpoints" / "step-00000002")
     assert open_target(run).source.endswith("step-00000004")
 
