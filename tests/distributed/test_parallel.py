@@ -68,7 +68,7 @@ def test_losses_and_scores_equal_one_process(tiny: Path, zygote: Any, alone: Pat
         (["--train.precision=bf16"], []),
         pytest.param([], ["--train.activation_checkpointing=selective", "--parallel.prefetch_blocks=1", *KEPT], marks=pytest.mark.slow),
         pytest.param([], ["--parallel.cpu_offload=true", "--train.activation_checkpointing=full"], marks=pytest.mark.slow),
-        (["--train.sample_every=2", "--train.validate_every=1"], []),
+        pytest.param(["--train.sample_every=2", "--train.validate_every=1"], [], marks=pytest.mark.slow),
     ],
     ids=["untied", "factorised", "bf16", "kept", "offload", "sampling"],
 )
@@ -141,6 +141,7 @@ def test_a_taken_run_folder_ends_every_rank(tiny: Path, zygote: Any) -> None:
     assert "Traceback" not in launched.output(0) + launched.output(1)
 
 
+@pytest.mark.slow
 def test_d12_the_end_of_unequal_data_is_agreed_on(tiny: Path, zygote: Any) -> None:
     """Three documents for eight streams: most streams never have a row, and the ranks end after the same step."""
     text = tiny.parent / "short.txt"

@@ -74,6 +74,7 @@ def test_a13_after_going_back_new_checkpoints_are_the_newest(tmp_path: Path, cap
     assert [checkpoint.load(path).state["at"] for path in sorted((root / "after-step-00000050-1").iterdir())] == [900, 1000]
 
 
+@pytest.mark.slow
 def test_a13_a_run_goes_on_from_where_it_was_taken_back_to(tiny: Path, zygote: Any) -> None:
     """Killed again after its first save: that one is taken up, and the end is that of a run that went straight on."""
     run, common = tiny.parent / "runs" / "back", ["--run.name=back", "--checkpoint.every=4"]

@@ -99,7 +99,7 @@ def test_e1_too_many_bad_steps_in_a_row_end_the_run(tiny: Path, monkeypatch: pyt
         run(tiny, "--run.name=x", "--train.on_nonfinite=skip", "--train.max_skipped=3")
 
 
-@pytest.mark.parametrize(("policy", "status"), [("stop", 2), ("skip", 0)])
+@pytest.mark.parametrize(("policy", "status"), [pytest.param("stop", 2, marks=pytest.mark.slow), ("skip", 0)])
 def test_e2_a_bad_loss_on_one_rank_is_every_ranks(tiny: Path, zygote: Any, policy: str, status: int) -> None:
     before = POISON.replace("STEPS", "(3,)").replace("RANK", "1")
     arguments = ["--parallel.strategy=fsdp2", f"--train.on_nonfinite={policy}", "--train.steps=5", "--scheduler=constant", "--checkpoint.every=1"]

@@ -230,6 +230,7 @@ def test_i6_the_command_is_started_with_its_overrides(tiny: Path, monkeypatch: p
     assert calls == [(tiny.parent / "runs" / "other", command, 4)]
 
 
+@pytest.mark.slow
 def test_i6_a_trainer_killed_in_the_middle_comes_to_its_end(tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """The real one: killed with -9 at step 5, once; the second start goes on from step 4."""
     code = "if step == 5 and not self.mark.exists():\n            self.mark.touch(); os.kill(os.getpid(), signal.SIGKILL)"
