@@ -46,6 +46,7 @@ from torch import Tensor
 
 from titanlm.distributed.world import Peers
 from titanlm.errors import CheckpointError
+from titanlm.runs import sync_folder
 from titanlm.state_tree import DAMAGE, Box, Part, Stored, TensorFiles, join, split
 from titanlm.state_tree import fit as fit
 from titanlm.tensor_file import write, write_tensors
@@ -97,7 +98,7 @@ def publish(root: Path, step: int, part: Callable[[], Part], config_toml: str, *
             _require_visible(temporary, files)
             manifest = {"format": FORMAT, "step": step, "world_size": peers.size, "files": files}
             write(temporary / _MANIFEST, [json.dumps(manifest, indent=1).encode()])
-            _sync(temporary)
+            sync_folder(temporary)
             _swap(temporary, target)
 
     try:
@@ -175,7 +176,7 @@ def _swap(temporary: Path, target: Path) -> None:
         if replaces:
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync_folder(target.parent)
     _remove(old)
 
 
@@ -434,8 +435,8 @@ def set_aside(root: Path, step: int) -> list[Path]:
         number += 1
     aside.mkdir()
     moved = [folder.rename(aside / folder.name) for folder in reversed(later)]
-    _sync(aside)
-    _sync(root)
+    sync_folder(aside)
+    sync_folder(root)
     return moved[::-1]
 
 
@@ -462,14 +463,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         folder.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- optimizers

@@ -27,8 +27,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from titanlm import checkpoint
-from titanlm.datasets.files import _filesystem, _reason, is_url, one_line, shown
+from titanlm.datasets.files import filesystem_of, is_url, one_line, reason_of, shown
 from titanlm.errors import CheckpointError, DataError
+from titanlm.runs import sync_folder
 
 KEY = "checkpoint.copy_to"
 _MANIFEST = "MANIFEST.json"
@@ -59,7 +60,7 @@ class RemoteCopies:
         if url.lower().startswith(("https://", "hf://")):
             raise CheckpointError(f"{KEY}: {self.shown!r}: nothing can be copied there; name a bucket (s3://, gs://, az://) or a folder")
         try:
-            self._files, root = _filesystem(url, KEY)
+            self._files, root = filesystem_of(url, KEY)
         except DataError as error:
             raise CheckpointError(str(error)) from None
         self._root = root.rstrip("/")
@@ -230,7 +231,7 @@ class RemoteCopies:
             raise
         except Exception as error:
             # Not "from error": a traceback would print what the library says, address and all.
-            raise CheckpointError(f"{KEY}: {self.shown}: {what}: {_reason(error)}; are the network, the access rights and the name right?") from None
+            raise CheckpointError(f"{KEY}: {self.shown}: {what}: {reason_of(error)}; are the network, the access rights and the name right?") from None
 
 
 # ---------------------------------------------------------------- parts
@@ -290,19 +291,11 @@ def _listed(manifest: bytes, source: str) -> dict[str, tuple[int, str]]:
 
 def _publish(folder: Path, target: Path) -> Path:
     """Give a checked folder its name. Between two renames what had it has another, under which ``checkpoint.sweep`` finds it."""
-    _sync(folder)
+    sync_folder(folder)
     old = target.with_name(f".old-{target.name}-{os.getpid()}")
     if target.exists():
         target.rename(old)
     folder.rename(target)
-    _sync(target.parent)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

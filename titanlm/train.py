@@ -69,8 +69,6 @@ from titanlm.weights import initialise, load_weights, unique_names
 
 CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 """What torch says where no CUDA allocator is asked."""
-
-
 LOST_CONNECTION = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 """What torch says where the other end of a collective is gone."""
 ECHO_S = 3.0
@@ -78,6 +76,7 @@ ECHO_S = 3.0
 SAVE_BOUND_S = 20.0
 """How long a trainer that ends waits for a save under way; launchers kill 30 s after SIGTERM."""
 SKIPPED = "skipped_steps.jsonl"
+"""Steps that were passed over because they were not finite, and their documents."""
 SCORED = "scored.json"
 """Step → the validation sets that were scored at it."""
 
@@ -262,7 +261,7 @@ class Trainer:
         """One optimizer step. Raises Interrupted between micro-batches; ``_abandon`` then undoes what was begun."""
         phase = self._enter(self.phases.at(self.progress))
         data = self.peers.agree(lambda: self.loader.next(phase)).over(self.peers)
-        loss, nll = torch.zeros((), device=self.device), torch.zeros(self.loader.n_sources, device=self.device)
+        totals = torch.zeros(1 + self.loader.n_sources, device=self.device)  # the loss, and the nll of each source
         for index, batch in enumerate(data.micro_batches, start=1):
             self.watchdog.beat(f"step {self.progress.step + 1}, micro-batch {index}")
             self.interrupts.check(self.peers)
@@ -270,23 +269,23 @@ class Trainer:
             sums, aux = self.forward(batch.to(self.device))
             objective = (sums.loss + sum(aux.values())) / max(1, data.n_valid)
             objective.backward()
-            loss += objective.detach()
-            nll += sums.nll
-        loss, *nlls = self.peers.add_(torch.stack([loss, *nll]))
+            totals[0] += objective.detach()
+            totals[1:] += sums.nll
+        loss, nll = self.peers.add_(totals).split([1, self.loader.n_sources])
         grad_norm = clip_gradients(self.trained, phase.clip)
-        if self.guard.observe(self.progress.step, data.document_ids, loss, grad_norm):
+        updates = self.guard.observe(self.progress.step, data.document_ids, loss[0], grad_norm)
+        if updates:
             self._set_learning_rates(phase)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             for hook in self.hooks:
                 hook()
-            self._advance(data, loss, torch.stack(nlls), grad_norm)
-            for averager in self.averagers:
-                averager.update(self.progress)
         else:
             self._abandon()
-            self._advance(data, loss, torch.stack(nlls), grad_norm)
+        self._advance(data, loss[0], nll, grad_norm)
+        for averager in self.averagers if updates else ():
+            averager.update(self.progress)
         self._complete()
 
     def _enter(self, phase: Phase) -> Phase:
@@ -345,9 +344,12 @@ class Trainer:
                 except (Interrupted, DataError, PeerError) as error:
                     self._abandon()
                     why = error if isinstance(error, Interrupted) else "stopped"
-                    if self._or_warn(partial(self.save, wait=True)):
+                    try:
+                        self.save(wait=True)
                         self.loggers.message(f"{why}: saved step {self.progress.step}; start again to go on from there")
-                    raise
+                    except CheckpointError as failure:  # must not hide what ended the run
+                        self.loggers.message(f"WARNING: {failure}; {why}: the run goes on from its last checkpoint when started again")
+                    raise error
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise TitanError(out_of_memory(self.config, error)) from error
@@ -648,7 +650,7 @@ class Trainer:
         Raises TitanError when there is none, or when it has happened as often as it may.
         """
         here, limit = self.progress.step, self.config.spike.max_rollbacks
-        self._await_saver()
+        self._or_warn(self._await_saver)
         folder = checkpoint.latest(self.checkpoints, self.peers, at_most=began)
         if folder is None or self.rollbacks >= limit:
             why = f"no checkpoint of step {began} or before" if folder is None else f"{limit} rollbacks have not helped (spike.max_rollbacks)"

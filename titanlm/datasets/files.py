@@ -141,12 +141,12 @@ class Files:
                 return Source(open(name, "rb"), self.name(index))
             except OSError as error:
                 raise DataError(f"{self.name(index)} cannot be opened: {error.strerror}") from None
-        filesystem, _ = _filesystem(url, self.key)
+        filesystem, _ = filesystem_of(url, self.key)
         try:
             raw = filesystem.open(name, "rb", block_size=_REMOTE_BLOCK_BYTES, cache_type="readahead")
             size = getattr(raw, "size", None)
         except Exception as error:  # whatever the library of this protocol raises
-            raise DataError(f"{self.name(index)} cannot be opened: {_reason(error)}") from None
+            raise DataError(f"{self.name(index)} cannot be opened: {reason_of(error)}") from None
         if size is not None and size != self.sizes[index]:
             raw.close()
             raise self._changed(index, f"{size} bytes, {self.sizes[index]} when it was listed")
@@ -250,7 +250,7 @@ class Source(io.RawIOBase):
         try:
             return self._raw.read(size)
         except Exception as error:  # whatever the library of this protocol raises
-            self.error = DataError(f"{self._name} cannot be read: {_reason(error)}; try again")
+            self.error = DataError(f"{self._name} cannot be read: {reason_of(error)}; try again")
             raise self.error from None
 
     def read_at(self, offset: int, size: int) -> bytes:
@@ -261,7 +261,7 @@ class Source(io.RawIOBase):
         try:
             return os.pread(self._raw.fileno(), size, offset)
         except OSError as error:
-            self.error = DataError(f"{self._name} cannot be read: {_reason(error)}; try again")
+            self.error = DataError(f"{self._name} cannot be read: {reason_of(error)}; try again")
             raise self.error from None
 
     def readinto(self, buffer: Any) -> int:
@@ -309,7 +309,7 @@ def _full(name: str, url: str) -> str:
     return name if _URL.match(name) else f"{protocol}://{name.lstrip('/')}"
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong, without the words of the library that raised it: they may repeat a URL whole."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     errno = getattr(error, "errno", None)
@@ -387,7 +387,7 @@ def _nothing(said: str) -> DataError:
 
 
 # ---------------------------------------------------------------- remote
-def _filesystem(url: str, key: str) -> tuple[Any, str]:
+def filesystem_of(url: str, key: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it. Not kept: after a fork another one is needed.
 
     Raises OfflineError inside ``offline()``, DataError for a URL that holds a
@@ -414,17 +414,17 @@ def _filesystem(url: str, key: str) -> tuple[Any, str]:
     except ImportError:
         raise DataError(f"{said} needs a package for {protocol}:// that is not installed; pip install '{PROTOCOLS[protocol]}'") from None
     except Exception as error:  # whatever the library of this protocol raises
-        raise DataError(f"{said} cannot be opened: {_reason(error)}") from None
+        raise DataError(f"{said} cannot be opened: {reason_of(error)}") from None
 
 
 def _remote(url: str, key: str, suffixes: tuple[str, ...]) -> list[_Found]:
-    filesystem, path = _filesystem(url, key)
+    filesystem, path = filesystem_of(url, key)
     said = f"{key}: {one_line(shown(url))!r}"
     try:
         filesystem.invalidate_cache()
         details = _details(filesystem, path, suffixes)
     except Exception as error:
-        raise DataError(f"{said} cannot be listed: {_reason(error)}") from None
+        raise DataError(f"{said} cannot be listed: {reason_of(error)}") from None
     found = []
     for name, info in details.items():
         if info.get("type") != "file":
