@@ -192,3 +192,12 @@ if rank == 0:
     assert "rank 1: [Errno 28] No space left on device" in launched.output(0)
     steps = sorted(folder.name for folder in (tiny.parent / "runs" / "tiny" / "checkpoints").iterdir())
     assert steps == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.slow
+def test_ranks_that_have_nothing_left_to_do_leave(tiny: Path, zygote: Any) -> None:
+    """gloo's threads let go of their last tensors with Python's lock, which whoever destroys the group holds while it waits for them."""
+    code = f"from titanlm.config import load\nfrom titanlm.train import Trainer\nwith Trainer(load({str(tiny)!r}, OVERRIDES)):\n    pass"
+    for number in range(10):
+        overrides = [f"--run.name=run-{number}", "--parallel.strategy=replicate"]
+        zygote.run(code.replace("OVERRIDES", repr(overrides)), ranks=2).expect(0, timeout_s=30)

@@ -8,6 +8,8 @@ on one GPU, say); then nobody is waited for.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +23,9 @@ from titanlm.errors import TitanError
 
 BEHIND_S = 60.0
 """How much longer a collective waits than the watchdog, which knows which rank is to blame."""
+
+IDLE_S = 0.1
+"""In which the threads of a process group, after its last collective, have long finished."""
 
 
 @contextmanager
@@ -58,14 +63,11 @@ def connected(world: World, device: torch.device, *, timeout_s: float, init_time
         yield store
     finally:
         # After a failure the other ranks may be gone, and tearing down would wait for them.
-        if not _failing():
+        if world.size == 1 or sys.exc_info()[0] is None:
+            # gloo's threads need Python's lock to let go of a collective's tensors. What destroys the group (here, or
+            # with DistributedDataParallel whoever holds it last) has that lock and waits for the threads, so they go first.
+            time.sleep(IDLE_S)
             dist.destroy_process_group()
-
-
-def _failing() -> bool:
-    import sys
-
-    return sys.exc_info()[0] is not None
 
 
 def _seconds(seconds: float) -> timedelta:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,12 +18,14 @@ class Replicate(Strategy):
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         # By default torch splits compiled graphs at the borders of gradient buckets, which FlexAttention's and checkpointing's operators do not survive.
         torch._dynamo.config.optimize_ddp = False
-        self.module = DistributedDataParallel(
-            module,
-            init_sync=False,  # weights are drawn by seed and name, and so equal
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 knows no other name
+            self.module = DistributedDataParallel(
+                module,
+                init_sync=False,  # weights are drawn by seed and name, and so equal
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
         self.module.register_comm_hook(None, _sum)
         return self.module
 
