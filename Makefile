@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/python recipes/quickstart/demo.py
 
 test: setup
-	$(TEST) -q -n 2 --dist loadfile -m "not slow and not gpu"
+	$(TEST) -q -n 2 --dist worksteal -m "not slow and not gpu"
 
 slow: setup
 	$(TEST) -q -m "slow and not gpu"

@@ -50,7 +50,11 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 # ---------------------------------------------------------------- weight
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["list"], ["describe", *BUILT_IN[0]], ["list", "optimizer"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["list"], ["describe", *BUILT_IN[0]], ["list", "optimizer"], ["recipe", "list"], ["recipe", "run", "--help"]],
+    ids=" ".join,
+)
 def test_light_verbs_import_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys; from titanlm.cli import main; status = main(sys.argv[1:])\n"
@@ -79,7 +83,7 @@ def test_every_verb_shows_an_example_that_parses(capsys: pytest.CaptureFixture[s
         args = cli._parse(shlex.split(example))
         assert args.run is parser.get_default("run")
         seen.add(words[0])
-    assert seen >= {"train", "eval", "export", "generate", "list", "describe", "config", "tokenizer", "env"}
+    assert seen >= {"train", "eval", "export", "generate", "list", "describe", "config", "tokenizer", "recipe", "env"}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import json
 import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ import torch
 
 from titanlm.batch import Batch
 from titanlm.cli import main
-from titanlm.config import load
+from titanlm.config import Validation, load
+from titanlm.distributed.world import Peers, World
 from titanlm.errors import ConfigError, DataError, TitanError
-from titanlm.evaluate import Scores, ValidationSet, evaluate_target, score
+from titanlm.evaluate import Scores, ValidationSet, evaluate_target, open_set, score
 from titanlm.registry import Component
 from titanlm.stream import build_streams
 from titanlm.targets import open_target
@@ -121,6 +124,92 @@ def test_max_tokens_takes_the_first_rows(tiny: Path) -> None:
     assert [part.nll for part in parts] == sorted(part.nll for part in parts)
     assert parts[-1] == whole
     assert score(trainer.module, entry, CPU) == whole  # every scoring starts from the start
+
+
+SLIDING_16 = Component.named("packer", "sliding", stride=16)
+SLIDING = '--validation=[{name="sliding",packer={name="sliding",stride=16}}]'
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_sliding_rows_score_each_target_once_with_what_is_before_it(tiny: Path, corpus: Path, document_mask: bool) -> None:
+    """Windows at 0, 16, 32..., each by itself in float64: the first is scored whole, of the others the last 16 targets."""
+    fraction, seq_len, stride = 0.03, 48, 16
+    settings = (SLIDING, f"--dataset.validation_fraction={fraction}", f"--data.document_mask={str(document_mask).lower()}", "--data.boundary_label=next")
+    trainer = trained(tiny, *settings)
+    model, texts = exact(trainer.model), held_out(corpus, fraction)
+    ids = [i for text in texts for i in (BOUNDARY, *text, BOUNDARY)]
+    starts = np.cumsum([0] + [len(text) + 2 for text in texts]).tolist()
+    nll = n_windows = 0.0
+    for first in range(0, len(ids) - 1, stride):
+        end = min(first + seq_len, len(ids) - 1)
+        scored = first if first == 0 else first + seq_len - stride
+        if scored >= end:
+            break
+        n_windows += 1
+        cuts = [first, *(at for at in starts if document_mask and first < at < end), end]
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            if b > scored:  # the model is causal, so what was scored before is a difference
+                nll += nll_of(model, ids[a:b], ids[a + 1 : b + 1]) - (nll_of(model, ids[a:scored], ids[a + 1 : scored + 1]) if scored > a else 0.0)
+    entry = trainer.validation[0]
+    plain = score(trainer.module, replace(entry, stream=open_set(Validation(), trainer.config, trainer.tokenizer)), CPU)
+    for micro_batch in (1, 7):
+        scores = score(trainer.module, replace(entry, micro_batch=micro_batch), CPU)
+        assert (scores.n_tokens, scores.n_bytes) == (len(ids) - 1, sum(map(len, texts))) == (plain.n_tokens, plain.n_bytes)
+        assert scores.nll == pytest.approx(nll, rel=1e-6)
+        assert abs(scores.nll - plain.nll) > 1e-3, "more context must matter"
+    assert sum(len(rows) for rows in replace(entry, micro_batch=1).rows()) == n_windows == 1 + -(-(len(ids) - 1 - seq_len) // stride)
+
+
+class Turn(Peers):
+    """One of several ranks that are scored one after the other: sums stay this rank's own."""
+
+    def _reduce(self, values: Sequence[int], operation: str) -> list[int]:
+        return list(values)
+
+    def add_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("packer", ["concat", '{name="sliding",stride=16}', '{name="sliding",stride=16,drop_tail=true}'])
+def test_ranks_share_a_set_and_make_only_their_own_batches(tiny: Path, packer: str) -> None:
+    trainer = trained(tiny, f"--validation=[{{max_tokens=3001,packer={packer if '{' in packer else repr(packer)}}}]", steps=2)
+    for micro_batch in (4, 5):
+        entry = replace(trainer.validation[0], micro_batch=micro_batch)
+        alone = score(trainer.module, entry, CPU)
+        for size in (2, 4):
+            with patch.object(ValidationSet, "batch", autospec=True, side_effect=ValidationSet.batch) as made:
+                ranks = [score(trainer.module, entry, CPU, peers=Turn(World(rank, size))) for rank in range(size)]
+            assert sum(rank.n_tokens for rank in ranks) == alone.n_tokens
+            assert sum(rank.n_bytes for rank in ranks) == alone.n_bytes
+            assert sum(rank.nll for rank in ranks) == pytest.approx(alone.nll, rel=1e-12)
+            n_batches = len(list(entry.rows()))
+            assert made.call_count == -(-n_batches // size) * size, "a rank makes no batch of another's, and as many as the others"
+
+
+@pytest.mark.parametrize(("limit", "n_rows", "n_tokens"), [(1, 1, 48), (48, 1, 48), (63, 1, 48), (64, 2, 64), (79, 2, 64), (480, 28, 480)])
+def test_max_tokens_counts_what_is_scored_where_rows_overlap(tiny: Path, limit: int, n_rows: int, n_tokens: int) -> None:
+    config = load(tiny, ["--data.document_mask=false"])
+    entry = ValidationSet.build(replace(config.validation[0], packer=SLIDING_16, max_tokens=limit), config, config.tokenizer.build())
+    labels = torch.cat([batch.labels for batch in replace(entry, micro_batch=1).batches()])
+    assert (len(labels), int((labels >= 0).sum())) == (n_rows, n_tokens)
+
+
+def test_a_stored_config_may_be_scored_with_another_packer(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tiny, SLIDING, "--data.document_mask=false", steps=2).folder.path
+    sixteen, four = (values(run, overrides=[f"--validation.0.packer.stride={stride}"])["validation"]["sliding"] for stride in (16, 4))
+    assert values(run)["validation"]["sliding"] == sixteen
+    assert four["tokens"] == sixteen["tokens"]
+    assert four["loss"] != sixteen["loss"]
+    tail = ["--validation.0.packer.drop_tail=true", "--validation.0.packer.stride=48"]
+    assert values(run, overrides=tail)["validation"]["sliding"]["tokens"] == sixteen["tokens"] // 48 * 48
+    with pytest.raises(DataError, match=r"packer\.stride: 49 positions between rows of 48"):
+        evaluate_target(run, overrides=["--validation.0.packer.stride=49"])
+    with pytest.raises(ConfigError, match=r"validation\.0\.packer\.strid: unknown key of packer 'sliding'; did you mean 'stride'"):
+        load(tiny, ['--validation=[{packer={name="sliding",strid=1}}]'])
+    capsys.readouterr()
+    plain = trained(tiny, "--run.name=plain", steps=1).folder.path
+    assert main(["eval", str(plain), "--json", "--validation.0.packer.name=sliding", "--validation.0.packer.stride=8"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["validation"]["validation"]["tokens"] > 1900
 
 
 def test_the_validation_set_of_an_entry(tiny: Path) -> None:

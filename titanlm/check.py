@@ -21,8 +21,9 @@ from titanlm.datasets.files import OfflineError, offline
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
-from titanlm.patterns import Claims, claim
-from titanlm.registry import did_you_mean
+from titanlm.patterns import Claims, NamedParam, claim
+from titanlm.progress import Horizon
+from titanlm.registry import Component, did_you_mean
 from titanlm.runs import require_name
 
 
@@ -79,13 +80,22 @@ def _check(config: RunConfig) -> Report:
         report.warnings.append(f"profile.start: {config.profile.start} lies after the last step, {train.steps}; nothing will be profiled")
     world = report.attempt("parallel", World.from_environment)
     if world is not None:
-        report.problems += _parallel_problems(config, world)
+        report.problems += parallel_problems(config, world)
     _check_data(config, report)
     if report.tokenizer is not None:
         report.model = report.attempt("model", lambda: build_model(config, report.tokenizer))
     if report.model is not None:
         _check_model(config, report)
-    report.attempt("scheduler", lambda: config.scheduler.build(total_steps=train.steps))
+    for index, entry in enumerate(config.optimizer):
+        for setting, scheduler in schedules_of(config, entry).items():
+            if setting != "lr" or index == 0:
+                where = "scheduler" if setting == "lr" else f"optimizer.{index}.{setting}_schedule"
+                report.attempt(where, partial(scheduler.build, total_steps=train.steps, horizon=horizon_of(config)))
+    rounding = any(getattr(quantizer.config, "qat", False) for quantizer in config.quantizer)
+    if config.qat.start_fraction and not rounding:
+        report.warnings.append("qat.start_fraction: no quantizer has `qat = true`, so no weight is rounded in training")
+    if rounding and config.parallel.gather_dtype == "compute" and train.precision == "bf16":
+        report.problems.append("parallel.gather_dtype: 'compute' gathers weights in bf16, whose grid is not that of the export; with a quantizer's qat set 'fp32'")
     report.attempt("loss", lambda: config.loss.build())
     if config.fitter is not None:
         if config.export.max_bytes is None:
@@ -107,6 +117,17 @@ def _check(config: RunConfig) -> Report:
     for name in sorted({name for name in names if names.count(name) > 1}):
         report.problems.append(f"validation: two sets are named {name!r}; give each a `name` of its own")
     return report
+
+
+def schedules_of(config: RunConfig, optimizer: Component) -> dict[str, Component]:
+    """What of an optimizer's groups follows a schedule: ``lr``, and each setting that has a ``_schedule`` beside it."""
+    ending, settings = "_schedule", vars(optimizer.config)
+    extra = {name.removesuffix(ending): value for name, value in settings.items() if name.endswith(ending) and value is not None}
+    return {"lr": config.scheduler, **extra}
+
+
+def horizon_of(config: RunConfig) -> Horizon:
+    return Horizon(config.train.steps, config.train.max_wallclock_s)
 
 
 def validation_metrics(config: RunConfig) -> list[str]:
@@ -131,11 +152,11 @@ def _check_data(config: RunConfig, report: Report) -> None:
         return
     train, data = config.train, config.data
 
-    def first_row(stream: Any, what: str) -> None:
+    def first_row(stream: Any, what: str, seq_len: int = train.seq_len) -> None:
         report.streams.append(stream)
         if stream.n_rows is not None:
             report.data.append(f"{stream.n_rows:,} {what}")
-        if stream.next_row(train.seq_len) is None:
+        if stream.next_row(seq_len) is None:
             raise DataError("no text: every row is empty, unreadable or refused by dataset.filter")
 
     def source(one: Any, what: str) -> None:
@@ -147,12 +168,16 @@ def _check_data(config: RunConfig, report: Report) -> None:
             report.warnings.append(f"data.n_streams: {data.n_streams} streams read {stream.n_rows} documents, several the same at once; {remedy}")
 
     for index, one in enumerate(config.sources):
+        if one.dataset.name == "token_spans" and data.document_mask:
+            report.problems.append("data.document_mask: dataset 'token_spans' does not tell documents apart; set it to false")
         report.attempt(f"data.source.{index}.dataset" if data.source else "dataset", partial(source, one, one.name or "train"))
     for index, entry in enumerate(config.validation):
         own = f"validation.{index}" if entry.dataset is None else f"validation.{index}.dataset"
         if entry.dataset is None and entry.file is None and entry.split == "validation":
             own = "data.source" if data.source else "dataset"
-        report.attempt(own, partial(lambda entry: first_row(open_set(entry, config, tokenizer), entry.name), entry))
+        seq_len = entry.seq_len or train.seq_len
+        if entry.packer is None or report.attempt(f"validation.{index}", partial(entry.packer.build, seq_len=seq_len)) is not None:
+            report.attempt(own, partial(lambda entry, seq_len: first_row(open_set(entry, config, tokenizer), entry.name, seq_len), entry, seq_len))
         if trained := _trained_on(config, entry):
             where = "file" if entry.file is not None else "dataset.validation_paths"
             report.problems.append(f"validation.{index}.{where}: {trained} is training data too; a score on it would say nothing")
@@ -166,7 +191,7 @@ def _check_data(config: RunConfig, report: Report) -> None:
     report.attempt("run", lambda: require_name(config.run.name))
 
 
-def _parallel_problems(config: RunConfig, world: World) -> Iterator[str]:
+def parallel_problems(config: RunConfig, world: World) -> Iterator[str]:
     """What does not fit together with so many ranks."""
     parallel, train, n_streams = config.parallel, config.train, config.data.n_streams
     if parallel.strategy == "none" and world.size > 1:
@@ -259,10 +284,20 @@ def _check_model(config: RunConfig, report: Report) -> None:
     if claims is None:
         return
     report.problems += [f"optimizer.{problem}" for problem in claims.problems]
+    parameters, roles = dict(model.named_parameters()), roles_of(model)
+    for index, (entry, names) in enumerate(zip(config.optimizer, claims.claimed, strict=True)):
+        own = [NamedParam(name, parameters[name], roles[name]) for name in names]
+        report.attempt(f"optimizer.{index}", partial(entry.build, named_params=own) if own else lambda: None)
     if claims.unclaimed:
         shown = ", ".join(claims.unclaimed[:5]) + ("…" if len(claims.unclaimed) > 5 else "")
         report.problems.append(f'optimizer: no entry claims {shown}; add an entry with params = ["*"] at the end')
     report.problems += [f"quantizer.{problem}" for problem in quantizer_claims(config, model).problems]
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if len(dtypes) > 1 and config.parallel.strategy in ("fsdp2", "hsdp"):
+        remedy = 'keep them in one (golf: model.embedding_dtype = "float32"), or use strategy "replicate"'
+        report.problems.append(
+            f"parallel.strategy: {config.parallel.strategy!r} shards parameters of one dtype, and the model has {', '.join(sorted(dtypes))}; {remedy}"
+        )
     report.summary = summary(config, model)
     if report.data:
         report.summary += f"\ndocuments        {', '.join(report.data)}"

@@ -466,7 +466,7 @@ def _remove(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- optimizers
-CONFIGURED = ("lr", "peak_lr", "weight_decay", "eps", "momentum")
+CONFIGURED = ("lr", "weight_decay", "eps", "momentum", "peak_lr", "peak_weight_decay", "peak_momentum")
 """What a group has from the config; where that has been changed on purpose, the new value holds."""
 
 

@@ -1,5 +1,6 @@
 """The command line: one short function a verb.
 
+How words become arguments is in ``titanlm.cli_parser``; here is what there is.
 Nothing heavy is imported before a verb needs it, so ``--help``, ``list`` and
 ``describe`` answer without torch. Settings are changed by overrides,
 ``--section.key=value``, which are told from a verb's own options by name.
@@ -14,18 +15,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from titanlm import __version__
+from titanlm.cli_parser import Parser, adder, attempt, count, parse, positive, sha256, step_or_best
 from titanlm.errors import ConfigError, PeerError, TitanError
 from titanlm.loggers.text import printable
-from titanlm.registry import KINDS, did_you_mean
-
-_OVERRIDE = re.compile(r"(--[A-Za-z0-9_.-]+)=.*", re.DOTALL)
+from titanlm.registry import KINDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,6 +294,31 @@ def _data_download(args: argparse.Namespace) -> None:
     print(download(args.repo, **which, **common))
 
 
+def _recipe_list(args: argparse.Namespace) -> None:
+    from titanlm.recipe import listing
+
+    print(printable(listing()))
+
+
+def _recipe_plan(args: argparse.Namespace) -> None:
+    from titanlm.recipe import open_recipe
+    from titanlm.recipe_plan import plan
+
+    scaled = open_recipe(args.name).at(args.scale, args.output, args.overrides)
+    print(printable(plan(scaled, n_devices=args.devices, device_name=args.device_name)))
+
+
+def _recipe_run(args: argparse.Namespace) -> int:
+    from titanlm.recipe import open_recipe
+    from titanlm.recipe_run import dry_run, run
+
+    scaled = open_recipe(args.name).at(args.scale, args.output, args.overrides)
+    if args.dry_run:
+        print(printable(dry_run(scaled, again_from=args.again_from)))
+        return 0
+    return run(scaled, again_from=args.again_from, n_processes=args.nproc)
+
+
 def _env(args: argparse.Namespace) -> int:
     from titanlm.environment import format_report, report, requirements
 
@@ -323,54 +347,24 @@ def _shown(value: Any) -> str:
 
 
 # ---------------------------------------------------------------- arguments
-class _Parser(argparse.ArgumentParser):
-    """A verb, or a verb that has verbs of its own."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-        self.verbs: dict[str, _Parser] = {}
-
-    @property
-    def options(self) -> list[str]:
-        return list(self._option_string_actions)
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    return parse(_build_parser(), words)
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
-    """The verb's arguments, with its overrides in ``overrides``."""
-    root = parser = _build_parser()
-    for word in words:
-        if not parser.verbs or word.startswith("-"):
-            break
-        if word not in parser.verbs:
-            parser.error(f"no verb {word!r}{did_you_mean(word, parser.verbs)} (verbs: {', '.join(parser.verbs)})")
-        parser = parser.verbs[word]
-    overrides = []
-    if parser.get_default("takes_overrides"):
-        # Taken out first: argparse would read an override with a blank in its value as a file name.
-        matches = {word: match[1] for word in words if (match := _OVERRIDE.fullmatch(word))}
-        overrides = [word for word in words if word in matches and matches[word] not in parser.options]
-        words = [word for word in words if word not in overrides]
-    args, unknown = root.parse_known_args(words)
-    for word in unknown:
-        if word.startswith("--"):
-            hint = did_you_mean(word.partition("=")[0], parser.options)
-            how = "; an override is written --section.key=value, in one word" if parser.get_default("takes_overrides") and not hint else ""
-            parser.error(f"no option {word!r}{hint}{how}")
-    if unknown:
-        parser.error(f"unexpected argument {unknown[0]!r}")
-    args.overrides = overrides
-    return args
+def arguments_of(words: Sequence[str]) -> argparse.Namespace | str:
+    """What a command line asks for, or what is wrong with it."""
+    return attempt(_build_parser(), words)
 
 
-def _build_parser() -> _Parser:
-    root = _Parser(prog="titanlm", description="Train language models from TOML files. `titanlm VERB --help` shows an example.")
+def _build_parser() -> Parser:
+    root = Parser(prog="titanlm", description="Train language models from TOML files. `titanlm VERB --help` shows an example.")
     root.add_argument("--version", action="version", version=f"titanlm {__version__}")
-    add = _adder(root)
+    add = adder(root)
 
     verb = add("train", _train, "train from a config file", "titanlm train train_configs/debug.toml --train.steps=100", overrides=True)
     verb.add_argument("file", metavar="FILE", type=Path, help="config file")
     verb.add_argument("--dry-run", action="store_true", help="build on the meta device, print parameters, FLOPs and memory, and stop")
-    verb.add_argument("--restarts", metavar="N", type=_count, default=0, help="start again up to so many times when training crashes (default: %(default)s)")
+    verb.add_argument("--restarts", metavar="N", type=count, default=0, help="start again up to so many times when training crashes (default: %(default)s)")
 
     verb = add("eval", _eval, "score a run, checkpoint or artifact", "titanlm eval runs/debug --validation.0.max_tokens=100000", overrides=True)
     _add_target(verb)
@@ -403,7 +397,7 @@ def _build_parser() -> _Parser:
     verb.add_argument("name", metavar="NAME")
     _add_imports(verb)
 
-    config = _adder(add("config", None, "check, show and compare config files", "titanlm config check train_configs/debug.toml"))
+    config = adder(add("config", None, "check, show and compare config files", "titanlm config check train_configs/debug.toml"))
     verb = config("check", _config_check, "find every mistake without touching a device", "titanlm config check *.toml", overrides=True)
     verb.add_argument("files", metavar="FILE", type=Path, nargs="+")
     verb = config("show", _config_show, "print the resolved config, defaults included", "titanlm config show run.toml", overrides=True)
@@ -414,9 +408,9 @@ def _build_parser() -> _Parser:
     verb = config("schema", _config_schema, "print a JSON Schema for editors", "titanlm config schema > titanlm.schema.json")
     _add_imports(verb)
 
-    _add_checkpoint(_adder(add("checkpoint", None, "list, verify, prune and rewind the checkpoints of a run", "titanlm checkpoint list runs/debug")))
+    _add_checkpoint(adder(add("checkpoint", None, "list, verify, prune and rewind the checkpoints of a run", "titanlm checkpoint list runs/debug")))
 
-    tokenizer = _adder(add("tokenizer", None, "make, inspect and compare tokenizers", "titanlm tokenizer inspect spm.model"))
+    tokenizer = adder(add("tokenizer", None, "make, inspect and compare tokenizers", "titanlm tokenizer inspect spm.model"))
     _add_tokenizer_train(tokenizer)
     verb = tokenizer("inspect", _tokenizer_inspect, "say what a tokenizer is and whether text comes back", "titanlm tokenizer inspect spm.model")
     verb.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
@@ -430,7 +424,7 @@ def _build_parser() -> _Parser:
     verb.add_argument("--json", action="store_true", help="one line of JSON")
     _add_imports(verb)
 
-    data = _adder(add("data", None, "prepare, fetch, inspect and resume data", "titanlm data state runs/debug"))
+    data = adder(add("data", None, "prepare, fetch, inspect and resume data", "titanlm data state runs/debug"))
     verb = data(
         "state",
         _data_state,
@@ -446,12 +440,14 @@ def _build_parser() -> _Parser:
     _add_data_inspect(data)
     _add_data_download(data)
 
+    _add_recipe(adder(add("recipe", None, "list, plan and run recipes, each a file of stages", "titanlm recipe run golf --scale smoke")))
+
     verb = add("env", _env, "report versions and devices; with a config, what it lacks", "titanlm env train_configs/debug.toml", overrides=True)
     verb.add_argument("file", metavar="FILE", type=Path, nargs="?")
     return root
 
 
-def _add_checkpoint(checkpoint: Callable[..., _Parser]) -> None:
+def _add_checkpoint(checkpoint: Callable[..., Parser]) -> None:
     verb = checkpoint("list", _checkpoint_list, "say which there are, and which is the newest and the best", "titanlm checkpoint list runs/debug")
     verb.add_argument("run_dir", metavar="RUN", help="run folder, or the URL that checkpoint.copy_to names")
     verb.add_argument("--verify", action="store_true", help="read every byte (default: only manifests and sizes of files)")
@@ -459,7 +455,7 @@ def _add_checkpoint(checkpoint: Callable[..., _Parser]) -> None:
     example = "titanlm checkpoint verify runs/debug\n  titanlm checkpoint verify runs/debug/checkpoints/step-00000100 --expect-sha256 HEX"
     verb = checkpoint("verify", _checkpoint_verify, "read every byte and compare it with the manifest; status 1 if any is damaged", example)
     verb.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="run folder (all its checkpoints) or checkpoint folder")
-    verb.add_argument("--expect-sha256", metavar="HEX", type=_sha256, help="what an earlier `verify` printed of the one checkpoint's manifest; finds tampering")
+    verb.add_argument("--expect-sha256", metavar="HEX", type=sha256, help="what an earlier `verify` printed of the one checkpoint's manifest; finds tampering")
     example = "titanlm checkpoint rewind runs/debug --step 100"
     verb = checkpoint("rewind", _checkpoint_rewind, "let a run go on from an earlier checkpoint; later ones are moved aside", example)
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder")
@@ -467,12 +463,12 @@ def _add_checkpoint(checkpoint: Callable[..., _Parser]) -> None:
     example = "titanlm checkpoint prune runs/debug --keep-last 2 --keep-every 1000 --dry-run"
     verb = checkpoint("prune", _checkpoint_prune, "delete old checkpoints; the best and the newest sound one always stay", example)
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder in which nothing trains")
-    verb.add_argument("--keep-last", metavar="N", type=_positive, required=True, help="so many of the newest stay")
-    verb.add_argument("--keep-every", metavar="N", type=_positive, help="those of steps that are multiples of this stay")
+    verb.add_argument("--keep-last", metavar="N", type=positive, required=True, help="so many of the newest stay")
+    verb.add_argument("--keep-every", metavar="N", type=positive, help="those of steps that are multiples of this stay")
     verb.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
 
 
-def _add_tokenizer_train(tokenizer: Callable[..., _Parser]) -> None:
+def _add_tokenizer_train(tokenizer: Callable[..., Parser]) -> None:
     example = "titanlm tokenizer train --type spm --vocab-size 4096 --output spm.model --config run.toml"
     verb = tokenizer("train", _tokenizer_train, "train a tokenizer on text", example, overrides=True)
     verb.add_argument("--type", choices=["spm"], required=True, help="spm: SentencePiece, lossless, with byte fallback")
@@ -496,7 +492,7 @@ def _add_tokenizer_train(tokenizer: Callable[..., _Parser]) -> None:
     verb.add_argument("--force", action="store_true", help="overwrite the output")
 
 
-def _add_data_prepare(data: Callable[..., _Parser]) -> None:
+def _add_data_prepare(data: Callable[..., Parser]) -> None:
     example = "titanlm data prepare --output shards --config run.toml\n  titanlm data prepare --output shards --input corpus.parquet --tokenizer spm.model"
     verb = data("prepare", _data_prepare, "tokenise a dataset once, into token shards (.bin); goes on where it was stopped", example, overrides=True)
     verb.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write to")
@@ -506,28 +502,28 @@ def _add_data_prepare(data: Callable[..., _Parser]) -> None:
     verb.add_argument("--tokenizer", metavar="TOKENIZER", help="for --input: a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
     verb.add_argument("--column", metavar="NAME", help="for --input: what holds the text of .parquet and .jsonl files (default: text)")
     verb.add_argument("--split", choices=["train", "validation"], default="train", help="of the config's data, and in the shards' names (default: %(default)s)")
-    verb.add_argument("--shard-tokens", metavar="N", type=_positive, default=100_000_000, help="tokens of a shard (default: %(default)s)")
-    verb.add_argument("--max-tokens", metavar="N", type=_positive, help="stop before the document that would exceed so many")
+    verb.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens of a shard (default: %(default)s)")
+    verb.add_argument("--max-tokens", metavar="N", type=positive, help="stop before the document that would exceed so many")
     verb.add_argument("--prefix", default="tokens", help="begins the names of the shards (default: %(default)s)")
-    verb.add_argument("--workers", metavar="N", type=_count, help="processes that tokenise; 0: none but this one (default: one for every core but one)")
+    verb.add_argument("--workers", metavar="N", type=count, help="processes that tokenise; 0: none but this one (default: one for every core but one)")
     verb.add_argument("--force", action="store_true", help="begin anew, and replace shards of these names")
     verb.add_argument("--json", action="store_true", help="one line of JSON")
     _add_imports(verb)
 
 
-def _add_data_inspect(data: Callable[..., _Parser]) -> None:
+def _add_data_inspect(data: Callable[..., Parser]) -> None:
     verb = data("inspect", _data_inspect, "say what is in data files or in the data of a config", "titanlm data inspect corpus.parquet", overrides=True)
     verb.add_argument("targets", metavar="TARGET", nargs="+", help="a .parquet, .jsonl, .txt or .bin file, a folder, a glob, or a config (.toml)")
     verb.add_argument("--tokenizer", metavar="TOKENIZER", help="count tokens with it: a file, NAME:FILE, a config or the word byte (default: a config's own)")
     verb.add_argument("--column", metavar="NAME", help="that holds the text of .parquet and .jsonl files")
-    verb.add_argument("--rows", metavar="N", type=_positive, help="read so many rows of each dataset")
+    verb.add_argument("--rows", metavar="N", type=positive, help="read so many rows of each dataset")
     verb.add_argument("--samples", metavar="K", type=int, default=3, help="texts to show of each dataset, drawn at random (default: %(default)s)")
     verb.add_argument("--overlap", action="store_true", help="count validation texts that training reads too, of a config or TRAIN VALIDATION; status 1 if any")
     verb.add_argument("--json", action="store_true", help="one line of JSON")
     _add_imports(verb)
 
 
-def _add_data_download(data: Callable[..., _Parser]) -> None:
+def _add_data_download(data: Callable[..., Parser]) -> None:
     example = "titanlm data download OWNER/NAME --config default --split train\n  titanlm data download golf --variant sp1024"
     verb = data("download", _data_download, "fetch a data set of the Hugging Face Hub, or the shards of Parameter Golf", example)
     verb.add_argument("repo", metavar="REPO", help="OWNER/NAME on the Hub, or the word golf")
@@ -535,61 +531,46 @@ def _add_data_download(data: Callable[..., _Parser]) -> None:
     verb.add_argument("--split", metavar="NAME", help="default: train")
     verb.add_argument("--revision", metavar="REV", default="main", help="branch, tag or commit (default: %(default)s)")
     verb.add_argument("--include", metavar="GLOB", help="only files whose names match, whatever config and split they look like")
-    verb.add_argument("--max-files", metavar="N", type=_positive, help="so many files at most")
+    verb.add_argument("--max-files", metavar="N", type=positive, help="so many files at most")
     verb.add_argument("--variant", metavar="NAME", default="sp1024", help="golf: sp1024, sp4096 or sp8192 (default: %(default)s)")
-    verb.add_argument("--train-shards", metavar="N", type=_positive, default=80, help="golf: so many for training, 100 M tokens each (default: %(default)s)")
+    verb.add_argument("--train-shards", metavar="N", type=positive, default=80, help="golf: so many for training, 100 M tokens each (default: %(default)s)")
     verb.add_argument("--output", metavar="DIR", type=Path, help="where files go (default: data/NAME)")
     verb.add_argument("--source", metavar="URL", help="a mirror or local copy to take the files from: anything that fsspec opens")
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+def _add_recipe(recipe: Callable[..., Parser]) -> None:
+    recipe("list", _recipe_list, "name the recipes in recipes/ and what each is", "titanlm recipe list")
 
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
-def _sha256(text: str) -> str:
-    if not re.fullmatch(r"[0-9A-Fa-f]{64}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no sha256, 64 hexadecimal digits")
-    return text.lower()
-
-
-def _adder(parser: _Parser) -> Callable[..., _Parser]:
-    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-
-    def add(name: str, run: Callable[[argparse.Namespace], int | None] | None, summary: str, example: str, overrides: bool = False) -> _Parser:
-        usage = "\n\n--section.key=value overrides any setting" if overrides else ""
-        verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=f"example:\n  {example}{usage}")
-        if run is not None:
-            verb.set_defaults(run=run, takes_overrides=overrides)
-        parser.verbs[name] = verb
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], summary: str, example: str) -> Parser:
+        verb = recipe(name, run, summary, f"titanlm recipe {name} {example}", overrides=True)
+        verb.add_argument("name", metavar="NAME", help="a recipe's name, its file or its folder")
+        verb.add_argument("--scale", metavar="SCALE", help="one of the recipe's scales (default: the first)")
+        verb.add_argument("--output", metavar="DIR", type=Path, help="the recipe's folder (default: runs/NAME-SCALE)")
         return verb
 
-    return add
+    verb = add("plan", _recipe_plan, "say what each stage does and takes, without a device or data", "golf --scale full --devices 8 --device-name H200")
+    verb.add_argument("--devices", metavar="N", type=positive, default=1, help="that train stages are shared out over (default: %(default)s)")
+    verb.add_argument("--device-name", metavar="NAME", help="whose peak hours are computed from, such as H200 (default: no hours)")
+    verb = add("run", _recipe_run, "run the stages that are not finished yet", "golf --scale smoke")
+    verb.add_argument("--from", dest="again_from", metavar="STAGE", help="run this stage and all after it again")
+    verb.add_argument("--nproc", metavar="N", type=positive, default=1, help="processes of train stages, started by torchrun (default: %(default)s)")
+    verb.add_argument("--dry-run", action="store_true", help="say which stages would run, and why, and stop")
 
 
-def _add_target(verb: _Parser) -> None:
+def _add_target(verb: Parser) -> None:
     verb.add_argument("target", metavar="TARGET", type=Path, help="run folder, checkpoint folder or artifact file")
     _add_step(verb)
     _add_device(verb)
 
 
-def _add_step(verb: _Parser) -> None:
-    verb.add_argument("--step", type=_step, help="checkpoint of this step, or `best`, which checkpoint.best kept (default: the newest)")
+def _add_step(verb: Parser) -> None:
+    verb.add_argument("--step", type=step_or_best, help="checkpoint of this step, or `best`, which checkpoint.best kept (default: the newest)")
 
 
-def _step(text: str) -> int | str:
-    return text if text == "best" else int(text)
-
-
-def _add_device(verb: _Parser) -> None:
+def _add_device(verb: Parser) -> None:
     verb.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     _add_imports(verb)
 
 
-def _add_imports(verb: _Parser) -> None:
+def _add_imports(verb: Parser) -> None:
     verb.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help="import a module of outside components")

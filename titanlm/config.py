@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from titanlm.config_sources import LISTS, KeyPath, Origins, Tables, import_modules, override, parse, read_file, where
-from titanlm.constraints import NonNegativeFew, NonNegativeFloat, NonNegativeInt, PositiveInt, Size
+from titanlm.constraints import Decay, NonNegativeFew, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Size
 from titanlm.datasets.mixture import Source
 from titanlm.errors import ConfigError, RegistryError
 from titanlm.initial_load import InitialLoad
@@ -63,6 +63,10 @@ class Train:
 
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run, resumed ones included."""
+    max_wallclock_s: PositiveFloat | None = None
+    """Seconds of training, resumed ones included and validation and saving excluded, after which the run ends if `steps` does not end it before."""
+    priming_steps: NonNegativeInt = 0
+    """Steps run before the clock starts, in every phase of the run, so that all is compiled; weights, optimizers and data are then put back."""
     seq_len: Size = 1024
     """Positions a row."""
     global_batch: Size = 32
@@ -121,6 +125,14 @@ class Parallel:
     """Seconds without progress after which a rank counts as hanging and the run ends; 0 waits for ever."""
     init_timeout_s: NonNegativeFloat = 1800.0
     """The same for the start and the first step, which may have to compile."""
+
+
+@section
+class Qat:
+    """Quantization-aware training: when quantizers with `qat = true` round the weights that a step computes with."""
+
+    start_fraction: Decay = 0.0
+    """Share of the run, by steps or by `train.max_wallclock_s`, after which they do; 0: from the first step on, 0.95: late."""
 
 
 @section
@@ -198,14 +210,16 @@ class Validation:
     file: str | None = None
     """Short for a dataset that is all of one file, chosen by its end: .parquet, .jsonl, .jsonl.gz, .txt or .bin."""
     split: Literal["train", "validation"] = "validation"
+    packer: Annotated[Component, Slot("packer")] | None = None
+    """None: the run's. With `sliding` rows overlap, so that labels have more before them."""
     max_tokens: NonNegativeInt = 0
-    """Stop after so many positions; 0 scores the whole split."""
+    """Stop after so many scored positions; 0 scores the whole split."""
     seq_len: Size | None = None
     """Positions a row; None: `train.seq_len`."""
     micro_batch: Size | None = None
     """Rows a forward pass; None: `train.micro_batch`."""
-    every: PositiveInt | None = None
-    """Steps between scorings of this set; None: `train.validate_every`. The end of a run always scores it."""
+    every: NonNegativeInt | None = None
+    """Steps between scorings of this set; None: `train.validate_every`, 0: none. The end of a run always scores it."""
 
     def __post_init__(self) -> None:
         if self.file is not None and self.dataset is not None:
@@ -270,6 +284,7 @@ class RunConfig:
     run: Run = field(default_factory=Run)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)
+    qat: Qat = field(default_factory=Qat)
     spike: Spike = field(default_factory=Spike)
     data: Data = field(default_factory=Data)
     tokenizer: Annotated[Component, Slot("tokenizer")] = _default("tokenizer")

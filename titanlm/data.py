@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -301,43 +302,49 @@ def validation_batches(
     pad_id: int = 0,
     max_tokens: int = 0,
 ) -> Iterator[Batch]:
-    """One pass over streams of a validation split, the same every time; each target once.
+    """``validation_rows`` as batches of (micro_batch, seq_len)."""
+    n_sources = (streams if isinstance(streams, Stream) else streams[0]).n_sources
+    for rows in validation_rows(streams, seq_len, micro_batch, max_tokens=max_tokens):
+        yield batch_of(rows, document_mask=document_mask, boundary_label=boundary_label, pad_id=pad_id, n_sources=n_sources)
 
-    Batches are (micro_batch, seq_len); the last row of a stream and the last
-    batch are padded with labels of −100. Stops after ``max_tokens`` positions,
-    rounded down to whole rows but to one at least; 0 scores everything. The
-    streams are left as they were, but for ``passed``.
+
+def validation_rows(streams: Stream | Sequence[Stream], seq_len: int, micro_batch: int, *, max_tokens: int = 0) -> Iterator[list[Row]]:
+    """One pass over streams of a validation split, the same every time; each target once: ``micro_batch`` rows at a time, as the packer made them.
+
+    The last row of a stream and the last batch are padded with labels of −100.
+    Stops after ``max_tokens`` positions, without those that an earlier row has
+    scored, rounded down to whole rows but to one at least; 0 scores everything.
+    The streams are left as they were, but for ``passed``.
 
     Raises DataError when there is not one row.
     """
     streams = [streams] if isinstance(streams, Stream) else list(streams)
     states = [stream.state() for stream in streams]
-    limit = max(1, max_tokens // seq_len) if max_tokens else None
-    n_sources = streams[0].n_sources
-
-    def batch(rows: list[Row]) -> Batch:
-        whole = finish(stacked(rows), document_mask=document_mask, boundary_label=boundary_label, pad_id=pad_id)
-        return Batch.of(whole, document_mask=document_mask, n_sources=n_sources)
-
+    limit = _rows_within(max_tokens, seq_len, streams[0].stride(seq_len), len(streams)) if max_tokens else None
+    found = islice(_round_robin(streams, seq_len), limit)
     try:
-        rows: list[Row] = []
         n_rows = 0
-        for row in _round_robin(streams, seq_len):
-            rows.append(row)
-            n_rows += 1
-            if len(rows) == micro_batch:
-                yield batch(rows)
-                rows = []
-            if n_rows == limit:
-                break
+        while rows := list(islice(found, micro_batch)):
+            n_rows += len(rows)
+            yield rows + [padding(seq_len)] * (micro_batch - len(rows))
         if not n_rows:
             raise DataError("there is no text to score: every row is empty, unreadable or refused by dataset.filter")
-        if rows:
-            yield batch(rows + [padding(seq_len)] * (micro_batch - len(rows)))
     finally:
         for stream, state in zip(streams, states, strict=True):
             stream.passed = {name: n - state["counts"][name] for name, n in stream.counts.items()}
             stream.restore(state)
+
+
+def batch_of(rows: Sequence[Row], *, document_mask: bool, boundary_label: BoundaryLabel, pad_id: int, n_sources: int) -> Batch:
+    """Rows of packers as a batch on the CPU, boundaries resolved (``titanlm.packers.boundaries``)."""
+    whole = finish(stacked(rows), document_mask=document_mask, boundary_label=boundary_label, pad_id=pad_id)
+    return Batch.of(whole, document_mask=document_mask, n_sources=n_sources)
+
+
+def _rows_within(max_tokens: int, seq_len: int, stride: int, n_streams: int) -> int:
+    """How many rows score so many positions: the first of each stream all of its own, every other ``stride``."""
+    beyond = max_tokens - n_streams * seq_len
+    return max(1, max_tokens // seq_len) if beyond < 0 else n_streams + beyond // stride
 
 
 def _round_robin(streams: Sequence[Stream], seq_len: int) -> Iterator[Row]:

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -146,6 +146,9 @@ def _settings(path: Path, class_name: str) -> Iterator[Setting]:
         yield from (setting for setting in _settings(path, ast.unparse(base)) if setting.name not in own)
     for item, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)) or ast.unparse(item.annotation).startswith("ClassVar"):
+            continue
+        if isinstance(item.annotation, ast.Name) and (inner := list(_settings(path, item.annotation.id))):
+            yield from (replace(setting, name=f"{item.target.id}.{setting.name}") for setting in inner)
             continue
         note = following.value.value if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) else ""
         yield Setting(

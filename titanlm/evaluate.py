@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from titanlm.batch import Batch
+from titanlm.batch import Batch, Row
 from titanlm.config import FILE_DATASETS, RunConfig, Validation
-from titanlm.data import validation_batches
+from titanlm.data import batch_of, validation_rows
 from titanlm.datasets.mixture import Source
 from titanlm.distributed.world import Peers
 from titanlm.errors import DataError
@@ -78,7 +78,7 @@ class ValidationSet:
     """Steps between scorings; 0: only at the end."""
     max_tokens: int
     boundaries: dict[str, Any]
-    """What `validation_batches` is told of document boundaries."""
+    """What `batch_of` is told of document boundaries."""
 
     @classmethod
     def build(cls, entry: Validation, config: RunConfig, tokenizer: Any) -> ValidationSet:
@@ -89,8 +89,15 @@ class ValidationSet:
         boundaries = {"document_mask": data.document_mask, "boundary_label": data.boundary_label, "pad_id": pad_id(tokenizer)}
         return cls(entry.name, stream, seq_len, entry.micro_batch or train.micro_batch, every, entry.max_tokens, boundaries)
 
+    def rows(self) -> Iterator[list[Row]]:
+        """What each batch is made of."""
+        return validation_rows(self.stream, self.seq_len, self.micro_batch, max_tokens=self.max_tokens)
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        return batch_of(rows, n_sources=self.stream.n_sources, **self.boundaries)
+
     def batches(self) -> Iterator[Batch]:
-        return validation_batches(self.stream, self.seq_len, self.micro_batch, max_tokens=self.max_tokens, **self.boundaries)
+        return map(self.batch, self.rows())
 
 
 def open_set(entry: Validation, config: RunConfig, tokenizer: Any) -> Stream:
@@ -104,7 +111,7 @@ def open_set(entry: Validation, config: RunConfig, tokenizer: Any) -> Stream:
     elif entry.dataset is not None:
         sources = (Source(dataset=entry.dataset),)
     seq_len = entry.seq_len or config.train.seq_len
-    return streams_of(config, tokenizer, sources=sources, split=split, n_streams=1, seq_len=seq_len, epochs=epochs)[0]
+    return streams_of(config, tokenizer, sources=sources, packer=entry.packer, split=split, n_streams=1, seq_len=seq_len, epochs=epochs)[0]
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -119,8 +126,9 @@ def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callabl
 
     ``poll`` is called before each batch and may raise to end the scoring.
     With ``peers`` the ranks take batches in turn, equally many each, so that
-    sharded ranks gather together; all of them read the whole set. Raises
-    DataError when the set has not one label to score.
+    sharded ranks gather together; all of them read the whole set and cut its
+    rows, and make batches of their own. Raises DataError when the set has not
+    one label to score.
     """
     peers = Peers() if peers is None else peers
     was_training = module.training
@@ -129,7 +137,7 @@ def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callabl
     nll = torch.zeros((), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
     try:
-        for batch in in_turn(entry.batches(), peers):
+        for batch in in_turn(entry, peers):
             poll()
             n_tokens += int((batch.labels >= 0).sum())  # on the CPU, before the copy
             n_bytes += int(batch.target_bytes.sum())
@@ -146,12 +154,12 @@ def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callabl
     return Scores(total / n_tokens, n_tokens, n_bytes, total, passed["text_bytes"], passed["uncounted_bytes"])
 
 
-def in_turn(batches: Iterable[Batch], peers: Peers) -> Iterator[Batch]:
+def in_turn(entry: ValidationSet, peers: Peers) -> Iterator[Batch]:
     """Every ``size``-th batch, and at the end one without labels where others still have one."""
-    remaining = iter(batches)
+    remaining = entry.rows()
     # A row that one rank cannot read ends the scoring on all of them.
     while turn := peers.agree(lambda: list(islice(remaining, peers.size))):
-        yield turn[peers.rank] if peers.rank < len(turn) else turn[0].unlabelled()
+        yield entry.batch(turn[peers.rank]) if peers.rank < len(turn) else entry.batch(turn[0]).unlabelled()
 
 
 def evaluate_target(

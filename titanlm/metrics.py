@@ -120,6 +120,10 @@ class StepMeter:
         """Time counts from here on."""
         self._mark = self._clock()
 
+    def forget(self) -> None:
+        """What was counted since the last report has not been."""
+        self._reset()
+
     def step(self, tokens: int, stall_s: float) -> None:
         """A step over ``tokens`` positions is done; the loader kept it waiting for ``stall_s``."""
         self._tick()

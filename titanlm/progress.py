@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,64 @@ class Phase:
         return self.micro_batch * self.accumulation
 
 
-class Phases:
-    """A run's phases: the last one whose start is not after the progress holds.
+@dataclass(frozen=True)
+class Horizon:
+    """Where a run ends: after its steps, or before them when its seconds are up."""
 
-    ``starts`` are steps, strictly increasing from 0.
+    total_steps: int
+    max_wallclock_s: float | None = None
+    """Seconds of training, counted as ``Progress.elapsed_s`` is; None: as long as the steps take."""
+
+    def fraction(self, progress: Progress) -> float:
+        """Share of the run that is done, from 0 to 1: of its steps or its seconds, whichever end is nearer."""
+        done = progress.step / self.total_steps
+        if self.max_wallclock_s is not None:
+            done = max(done, progress.elapsed_s / self.max_wallclock_s)
+        return min(1.0, done)
+
+
+class Phases:
+    """A run's phases: the last one whose start has been reached holds.
+
+    A start is a step (int) or a share of the run by the horizon (float, from 0
+    to under 1). The first is 0; steps increase strictly, and so do shares. Raises
+    ValueError otherwise. Where the horizon is in seconds, ranks have to agree
+    on ``elapsed_s`` or they come to different phases.
     """
 
-    def __init__(self, stages: Sequence[tuple[int, Phase]]) -> None:
+    def __init__(self, stages: Sequence[tuple[int | float, Phase]], horizon: Horizon | None = None) -> None:
         starts = [start for start, _ in stages]
-        if not starts or starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
-            raise ValueError(f"phase starts must increase strictly from 0, got {starts}")
-        self.stages = tuple(stages)
+        shares = [start for start in starts if isinstance(start, float)]
+        steps = [start for start in starts if not isinstance(start, float)]
+        rising = all(earlier < later for ordered in (steps, shares) for earlier, later in pairwise(ordered))
+        if not starts or starts[0] != 0 or 0 in starts[1:] or not rising or any(not 0 <= share < 1 for share in shares):
+            raise ValueError(f"phase starts must increase strictly from 0, shares of the run (floats) to under 1, got {starts}")
+        if any(shares) and horizon is None:
+            raise ValueError(f"phase starts {starts} hold shares of the run; give its horizon")
+        self.stages, self.horizon = tuple(stages), horizon
 
     def at(self, progress: Progress) -> Phase:
-        current = self.stages[0][1]
-        for start, phase in self.stages:
-            if start <= progress.step:
-                current = phase
-        return current
+        """The phase of the step that follows this progress."""
+        return self.after(progress)[0]
+
+    def after(self, progress: Progress) -> tuple[Phase, ...]:
+        """The phase that holds and those that may still come, each once: what there is to warm up."""
+        present = max(index for index, (start, _) in enumerate(self.stages) if self._reached(start, progress))
+        return tuple(dict.fromkeys(phase for _, phase in self.stages[present:]))
+
+    def _reached(self, start: int | float, progress: Progress) -> bool:
+        if not isinstance(start, float):
+            return start <= progress.step
+        return start == 0 or (self.horizon is not None and start <= self.horizon.fraction(progress))
 
     @property
     def max_seq_len(self) -> int:
         return max(phase.seq_len for _, phase in self.stages)
+
+
+def enter(phase: Phase, model: Any) -> None:
+    """Set the structural switches of a phase on the modules that have them."""
+    for name, on in phase.switches:
+        for module in model.modules():
+            if getattr(module, name, on) is not on:
+                setattr(module, name, on)

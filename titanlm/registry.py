@@ -88,11 +88,11 @@ class Filter(Protocol):
 
 
 class Packer(Protocol):
-    """Documents in, rows of exactly ``seq_len`` positions out."""
+    """Documents in, rows of exactly ``seq_len`` positions out; one whose rows overlap has ``stride(seq_len)`` too, positions from row to row."""
 
     def add(self, document: Document, target_bytes: np.ndarray) -> None: ...
     def pop(self, seq_len: int) -> Row | None: ...  # None: add more documents first
-    def flush(self, seq_len: int) -> Row | None: ...  # end of data: a padded row; None: empty
+    def flush(self, seq_len: int) -> Row | None: ...  # end of data: a padded row; None: empty, or left out
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
 
@@ -206,9 +206,9 @@ KINDS: dict[str, Kind] = {
         _kind("adapter", Adapter, "LoRA and the like", "model"),
         _kind("quantizer", Quantizer, "fewer bits, in training and at export", settings="params"),
         _kind("optimizer", Optimizer, "updates the parameters its patterns claim", "named_params", "params lr"),
-        _kind("scheduler", Scheduler, "learning-rate factor over a run", "total_steps"),
+        _kind("scheduler", Scheduler, "learning-rate factor over a run", "total_steps horizon"),
         _kind("loss", Loss, "what is minimised, per token", settings="chunk_tokens"),
-        _kind("averager", Averager, "averages of the weights", "model"),
+        _kind("averager", Averager, "averages of the weights", "model horizon"),
         _kind("fitter", Fitter, "makes an artifact fit its limit", "max_bytes"),
         _kind("exporter", Exporter, "writes and reads what a run hands over", "model tokenizer run_dir"),
         _kind("logger", Logger, "where metrics go", "run_dir"),

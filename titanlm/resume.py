@@ -10,7 +10,7 @@ from titanlm.config import RunConfig, diff, loads
 from titanlm.distributed.world import Peers
 from titanlm.errors import CheckpointError
 
-RESUMABLE = ("train.steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.on_nonfinite", "train.max_skipped")
+RESUMABLE = ("train.steps", "train.max_wallclock_s", "train.priming_steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.on_nonfinite", "train.max_skipped")
 RESUMABLE_DATA = ("data.prefetch", "data.workers", "data.epochs", "data.on_error", "data.start")
 RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports", "spike.")
 """Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
@@ -18,9 +18,9 @@ RESUMABLE_ROUNDING = ("train.threads", "train.micro_batch", "train.activation_ch
 """Those that change the steps that follow by rounding alone; they are the remedies for a lack of memory, or of machines."""
 
 
-STATE = (
-    "progress", "fingerprints", "model", "averagers", "optimizers", "interval", "source_tokens", "guard", "spikes", "rollbacks"
-)  # fmt: skip
+WEIGHTS = ("progress", "fingerprints", "model", "averagers")
+"""What a checkpoint of weights alone holds."""
+STATE = (*WEIGHTS, "optimizers", "interval", "source_tokens", "guard", "spikes", "rollbacks")
 OWN_STATE = ("data", "rng")
 """What a checkpoint must hold, and of every rank, for a run to go on as if it had not stopped."""
 

@@ -205,6 +205,15 @@ def fit(stored: Any, like: Any = None) -> Any:
     return stored
 
 
+def copied(tree: Any) -> Any:
+    """The same tree with every tensor copied where it is; arrays are shared, since states never change theirs."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    return [copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def join(tree: Any, path: str, boxes: Mapping[str, Sequence[Box]], files: TensorFiles) -> Any:
     """The value whose JSON this is. Tensors are Stored, arrays are read.
 

@@ -52,6 +52,11 @@ class Stream:
     def dataset(self) -> Dataset:
         return self._dataset
 
+    def stride(self, seq_len: int) -> int:
+        """Positions from the start of a row to that of the next; fewer than ``seq_len`` where the packer's rows overlap."""
+        stride = getattr(self._packer, "stride", None)
+        return seq_len if stride is None else int(stride(seq_len))
+
     def next_row(self, seq_len: int) -> Row | None:
         """The next ``seq_len`` positions, unfinished; None at the end of a stream that ends.
 
@@ -146,6 +151,7 @@ def streams_of(
     *,
     seq_len: int,
     sources: Sequence[Source] | None = None,
+    packer: Component | None = None,
     split: str = "train",
     n_streams: int | None = None,
     epochs: int | None = None,
@@ -155,7 +161,7 @@ def streams_of(
     data = config.data
     return build_streams(
         config.sources if sources is None else sources,
-        config.packer,
+        packer or config.packer,
         tokenizer,
         split=split,
         n_streams=data.n_streams if n_streams is None else n_streams,

@@ -45,9 +45,9 @@ def supervise(run_dir: Path, command: Sequence[str], restarts: int) -> int:
     if "WORLD_SIZE" in os.environ:
         raise TitanError(f"--restarts: under torchrun, torchrun starts the ranks again; use torchrun --max-restarts={restarts}")
     saved = furthest = idle = 0
-    with _noted_signals() as received:
+    with noted_signals() as received:
         for left in range(restarts, -1, -1):
-            status, interrupted = _run(command, received)
+            status, interrupted = run_child(command, received)
             if status in FINAL or interrupted:
                 return status
             saved_now, step = _progress(run_dir)
@@ -70,7 +70,7 @@ def supervise(run_dir: Path, command: Sequence[str], restarts: int) -> int:
 
 
 @contextlib.contextmanager
-def _noted_signals() -> Iterator[list[int]]:
+def noted_signals() -> Iterator[list[int]]:
     """Inside, signals are only noted, in the list."""
     received: list[int] = []
 
@@ -85,7 +85,7 @@ def _noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _run(command: Sequence[str], received: list[int]) -> tuple[int, bool]:
+def run_child(command: Sequence[str], received: list[int]) -> tuple[int, bool]:
     """(exit status, whether a signal was passed on) of one child."""
     # A session of its own: Ctrl-C reaches a terminal's whole process group, and the trainer takes a second signal as "leave at once".
     child = subprocess.Popen(command, start_new_session=True)

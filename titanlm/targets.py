@@ -11,10 +11,12 @@ import torch
 
 from titanlm import checkpoint
 from titanlm.best import Best
-from titanlm.check import Report, build_model
+from titanlm.check import Report, build_model, horizon_of
 from titanlm.config import RunConfig, loads
 from titanlm.config_sources import import_modules
+from titanlm.distributed.world import World
 from titanlm.errors import CheckpointError, ConfigError, TitanError
+from titanlm.progress import Progress, enter
 from titanlm.registry import did_you_mean
 from titanlm.tokenizers.fingerprint import difference
 from titanlm.weights import initialise, load_weights, unique_names
@@ -108,7 +110,7 @@ def open_target(
     Raises TitanError when it is none of them, is damaged, or was made with
     another tokenizer than the one found now.
     """
-    from titanlm.train import choose_device
+    from titanlm.train import choose_device, phases_of
 
     import_outside(imports)
     chosen = choose_device(device)
@@ -134,13 +136,15 @@ def open_target(
     if state["averagers"] and averaged is not False and config.averager is not None:
         use_average(config, module.model, state["averagers"][0])
         label = "averaged"
+    # What is scored and sampled is what the next step would train: in a phase of quantization-aware training with rounded weights.
+    enter(phases_of(config, World(), horizon_of(config)).at(Progress(**state["progress"])), module.model)
     return Target(config, tokenizer, module, chosen, str(folder), label)
 
 
 def use_average(config: RunConfig, model: Any, state: dict[str, Any]) -> None:
     """Put the averaged weights into the model for good; the averager itself knows what its state means."""
     assert config.averager is not None
-    averager = config.averager.build(model=model)
+    averager = config.averager.build(model=model, horizon=horizon_of(config))
     averager.load_state_dict(state)
     with averager.swap():
         average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

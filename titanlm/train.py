@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from titanlm import checkpoint, randomness
 from titanlm.best import Best
-from titanlm.check import Report, build_model, check, checkpoint_bytes, optimizer_claims, roles_of
+from titanlm.check import Report, build_model, check, checkpoint_bytes, horizon_of, optimizer_claims, roles_of, schedules_of
 from titanlm.checkpoint import Saved
 from titanlm.checkpoint_copy import RemoteCopies
 from titanlm.config import RunConfig, dump
@@ -57,11 +57,12 @@ from titanlm.metrics import GIB, StepMeter, bits_per_byte, peak_flops
 from titanlm.patterns import NamedParam
 from titanlm.precision import DTYPES, set_precision
 from titanlm.profiling import ProfileWindow
-from titanlm.progress import Phase, Phases, Progress
-from titanlm.resume import find_earlier
+from titanlm.progress import Horizon, Phase, Phases, Progress, enter
+from titanlm.resume import WEIGHTS, find_earlier
 from titanlm.runs import RunFolder, write_atomic
 from titanlm.saver import Saver
 from titanlm.spikes import SpikeDetector
+from titanlm.state_tree import copied
 from titanlm.stream import streams_of
 from titanlm.tokenizers.fingerprint import difference
 from titanlm.train_module import TrainModule
@@ -154,7 +155,8 @@ class Trainer:
 
         # 6. Tokenizer, then data: streams know its ids, and the model its vocabulary.
         self.tokenizer = report.tokenizer
-        self.phases = Phases([(0, first_phase(config, self.world))])
+        self.horizon = horizon_of(config)
+        self.phases = phases_of(config, self.world, self.horizon)
         data = config.data
         streams = streams_of(config, self.tokenizer, seq_len=self.phases.max_seq_len)
         self.fingerprints = {"tokenizer": self.tokenizer.fingerprint, "dataset": streams[0].fingerprint}
@@ -193,21 +195,24 @@ class Trainer:
         self.compiled = compile_module(self.module, train.compile)
         self.forward = self.strategy.wrap(self.module)
 
-        # 11. Optimizers over the materialised parameters; each knows its peak learning rate.
+        # 11. Optimizers over the materialised parameters; each knows the peaks of what is scheduled.
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         parameters, roles = dict(model.named_parameters()), roles_of(model)
         self.optimizers = [
             entry.build(named_params=[NamedParam(name, parameters[name], roles[name]) for name in names])
             for entry, names in zip(config.optimizer, optimizer_claims(config, model).claimed, strict=True)
         ]
-        for optimizer in self.optimizers:
+        run = {"total_steps": train.steps, "horizon": self.horizon}
+        self.schedulers = [{name: one.build(**run) for name, one in schedules_of(config, entry).items()} for entry in config.optimizer]
+        for optimizer, schedulers in zip(self.optimizers, self.schedulers, strict=True):
             for group in optimizer.param_groups:
-                group["peak_lr"] = float(group["lr"])
+                if missing := schedulers.keys() - group.keys():
+                    raise TitanError(f"{type(optimizer).__name__} keeps no {min(missing)!r} in its groups, which {min(missing)}_schedule could change")
+                group |= {f"peak_{name}": float(group[name]) for name in schedulers}
         stored = model.state_dict()
         self.own_buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.scheduler = config.scheduler.build(total_steps=train.steps)
-        self.averagers = [config.averager.build(model=model)] if config.averager is not None else []
+        self.averagers = [config.averager.build(model=model, horizon=self.horizon)] if config.averager is not None else []
         self.hooks = [module.on_step_end for module in model.modules() if hasattr(module, "on_step_end")]
 
         # 12. What watches, saves and reports.
@@ -275,7 +280,7 @@ class Trainer:
         grad_norm = clip_gradients(self.trained, phase.clip)
         updates = self.guard.observe(self.progress.step, data.document_ids, loss[0], grad_norm)
         if updates:
-            self._set_learning_rates(phase)
+            self._set_schedules(phase)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -289,11 +294,7 @@ class Trainer:
         self._complete()
 
     def _enter(self, phase: Phase) -> Phase:
-        """Set the structural switches of a phase on the modules that have them."""
-        for name, on in phase.switches:
-            for module in self.model.modules():
-                if getattr(module, name, on) is not on:
-                    setattr(module, name, on)
+        enter(phase, self.model)
         return phase
 
     def _complete(self) -> None:
@@ -308,28 +309,41 @@ class Trainer:
         for name, buffer in self.own_buffers.items():
             buffer.copy_(self.buffers[name])
 
-    def _set_learning_rates(self, phase: Phase) -> None:
-        factor = self.scheduler.factor(self.progress) * phase.lr_multiplier
-        for optimizer in self.optimizers:
+    def _set_schedules(self, phase: Phase) -> None:
+        """Learning rates, and whatever else of an optimizer follows a schedule, for the step under way."""
+        for optimizer, schedulers in zip(self.optimizers, self.schedulers, strict=True):
+            factors = {name: scheduler.factor(self.progress) for name, scheduler in schedulers.items()}
+            factors["lr"] *= phase.lr_multiplier
             for group in optimizer.param_groups:
-                lr = group["peak_lr"] * factor
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
+                for name, factor in factors.items():
+                    value = group[f"peak_{name}"] * factor
+                    if isinstance(group[name], Tensor):
+                        group[name].fill_(value)
+                    else:
+                        group[name] = value
 
     def _advance(self, data: StepData, loss: Tensor, nll: Tensor, grad_norm: Tensor) -> None:
         """The step is done: move the clock and the data's cursor together."""
         self.loader.commit()
         self.meter.step(data.n_tokens, self.loader.take_stall_s())
-        self.progress = Progress(self.progress.step + 1, self.progress.tokens + data.n_tokens, self.meter.elapsed_s)
+        self.progress = Progress(self.progress.step + 1, self.progress.tokens + data.n_tokens, self._elapsed_s())
         self.interval.add(data, loss, nll, self.guard)
         self.source_tokens += data.source_tokens
         self.grad_norm = grad_norm
 
+    def _elapsed_s(self) -> float:
+        """Seconds of training; with a limit on them the slowest clock counts for every rank, since schedules and the end hang on it."""
+        if self.horizon.max_wallclock_s is None:
+            return self.meter.elapsed_s
+        return self.peers.max(round(self.meter.elapsed_s * 1e6)) / 1e6
+
+    @property
+    def finished(self) -> bool:
+        return self.horizon.fraction(self.progress) >= 1.0
+
     # ------------------------------------------------------------ the loop
     def train(self) -> Path | None:
-        """Train to ``train.steps``; returns the last checkpoint, or None when the run was already finished.
+        """Train to ``train.steps`` or ``train.max_wallclock_s``; returns the last checkpoint, or None when the run was already finished.
 
         On SIGINT, SIGTERM or SIGUSR1, at whichever rank, the step under way is
         abandoned, the last completed one is saved and Interrupted is raised.
@@ -363,16 +377,20 @@ class Trainer:
 
     def _train(self) -> Path | None:
         train = self.config.train
-        if self.progress.step >= train.steps:
+        if self.finished:
             where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
-            self.loggers.message(f"{where}; raise train.steps to go on")
+            remedy = "raise train.steps to go on"
+            if self.progress.step < train.steps:
+                remedy = f"the {train.max_wallclock_s:g} s of train.max_wallclock_s are used up; raise it to go on"
+            self.loggers.message(f"{where}; {remedy}")
             self.validate_once(self.validation)
             return None
         self.validate_once(self._due(self.progress.step))
         if train.gc_every:
             gc.disable()  # a collection in the middle of a step stalls the device
+        self._prime()
         self.meter.start()
-        while self.progress.step < train.steps:
+        while not self.finished:
             self.profile.before_step(self.progress.step + 1)
             try:
                 self.train_step()
@@ -383,9 +401,33 @@ class Trainer:
         self.validate_once(self.validation)
         return self.checkpoints / f"step-{self.progress.step:08d}"
 
+    def _prime(self) -> None:
+        """Run every phase still to come for a few steps, so that it is compiled before the clock starts, and put everything back."""
+        if not self.config.train.priming_steps:
+            return
+        started, phases = time.perf_counter(), self.phases
+        kept = Saved(self.checkpoints, self.progress.step, copied(self._whole_state()), [copied(self._whole_own_state())] * self.world.size, "")
+        saved_step = self.saved_step
+        try:
+            for phase in phases.after(self.progress):
+                self.phases = Phases([(0, phase)])
+                for _ in range(self.config.train.priming_steps):
+                    self.train_step()
+        except DataEnded:
+            pass  # so little data compiles all the same
+        finally:
+            self.phases = phases
+            self._abandon()
+            self._take_up(kept)
+            self.loader.restore(kept.ranks[0]["data"])
+            self.saved_step = saved_step
+            self._complete()
+            self.meter.forget()
+        self.loggers.message(f"primed in {time.perf_counter() - started:.1f} s; everything is as it was at step {kept.step} again")
+
     def _between_steps(self, step: int) -> None:
         """What is due after this many steps."""
-        train, every, last = self.config.train, self.config.checkpoint.every, step == self.config.train.steps
+        train, every, last = self.config.train, self.config.checkpoint.every, self.finished
         self.watchdog.started()  # whatever had to be compiled is
         self._profiled(self.profile.after_step(step))
         self._or_warn(self.saver.poll)
@@ -393,6 +435,8 @@ class Trainer:
             return  # wound back: this is another step now
         # Saved before it is validated: a failing validation must not cost the training before it.
         if last:
+            if step < train.steps:
+                self.loggers.message(f"{train.max_wallclock_s:g} s of training are over (train.max_wallclock_s): it ends at step {step} of {train.steps}")
             self.save(wait=True)
         elif every and step % every == 0:
             self._or_warn(self.save)
@@ -451,6 +495,8 @@ class Trainer:
                 metrics.setdefault("lr", lr)
         metrics |= {"tokens": float(self.progress.tokens), "total_steps": float(self.config.train.steps)}
         metrics |= self.meter.report(remaining_steps=self.config.train.steps - self.progress.step)
+        if self.horizon.max_wallclock_s is not None and "eta_s" in metrics:
+            metrics["eta_s"] = max(0.0, min(metrics["eta_s"], self.horizon.max_wallclock_s - self.progress.elapsed_s))
         counted = ("documents", "passed_over", "unreadable")
         counts = self.loader.counts()
         totals = dict(zip(counted, self.peers.sum([counts[name] for name in counted]), strict=True))
@@ -479,6 +525,7 @@ class Trainer:
         """Score sets with the raw weights and, where there is an averager, the averaged ones."""
         self._check_finite()
         metrics: dict[str, float] = {}
+        self._enter(self.phases.at(self.progress))  # weights are rounded here where the next step rounds them, whether the run was resumed or not
         with self.meter.pause():
             for entry in sets:
                 try:
@@ -533,17 +580,16 @@ class Trainer:
     # ------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped, the same on every rank but for the shards of tensors."""
+        whole = self._whole_state()
+        return {name: whole[name] for name in WEIGHTS} if self.config.checkpoint.save_only_model else whole
+
+    def _whole_state(self) -> dict[str, Any]:
         stored = self.model.state_dict()
-        weights = {
+        return {
             "progress": {"step": self.progress.step, "tokens": self.progress.tokens, "elapsed_s": self.progress.elapsed_s},
             "fingerprints": self.fingerprints,
             "model": {name: stored[name] for name in unique_names(self.model)},
             "averagers": [averager.state_dict() for averager in self.averagers],
-        }
-        if self.config.checkpoint.save_only_model:
-            return weights
-        return {
-            **weights,
             "optimizers": [checkpoint.optimizer_state(optimizer, self.names) for optimizer in self.optimizers],
             "interval": self.interval.state(),
             "source_tokens": self.source_tokens.tolist(),
@@ -554,7 +600,10 @@ class Trainer:
 
     def own_state(self) -> dict[str, Any]:
         """What differs from rank to rank."""
-        return {} if self.config.checkpoint.save_only_model else {"data": self.loader.state(), "rng": self.rng}
+        return {} if self.config.checkpoint.save_only_model else self._whole_own_state()
+
+    def _whole_own_state(self) -> dict[str, Any]:
+        return {"data": self.loader.state(), "rng": self.rng}
 
     def save(self, *, wait: bool = False) -> None:
         """Write a checkpoint of the last completed step, unless there is one, in the background unless told to wait.
@@ -778,9 +827,16 @@ def preflight(config: RunConfig) -> Report:
     return report
 
 
-def first_phase(config: RunConfig, world: World) -> Phase:
+def phases_of(config: RunConfig, world: World, horizon: Horizon) -> Phases:
+    """The shapes and switches of a run's steps, in order."""
     train = config.train
-    return Phase(train.seq_len, train.micro_batch, train.global_batch // (train.micro_batch * world.size), clip=train.clip or None)
+    first = Phase(train.seq_len, train.micro_batch, train.global_batch // (train.micro_batch * world.size), clip=train.clip or None)
+    if not any(getattr(quantizer.config, "qat", False) for quantizer in config.quantizer):
+        return Phases([(0, first)], horizon)
+    rounding, start = replace(first, switches=(("qat", True),)), config.qat.start_fraction
+    if not start:
+        return Phases([(0, rounding)], horizon)
+    return Phases([(0, replace(first, switches=(("qat", False),))), (start, rounding)], horizon)
 
 
 def clip_gradients(parameters: list[Any], largest: float | None) -> Tensor:

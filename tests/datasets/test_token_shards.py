@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from titanlm.datasets import token_shards
+from titanlm.datasets import shard_sequence
 from titanlm.datasets.shard_file import ShardWriter, dtype_for, write_manifest
 from titanlm.errors import DataError
 from titanlm.metrics import bits_per_byte
@@ -126,13 +126,13 @@ def test_documents_without_the_end_that_the_tokenizer_writes_are_refused(tmp_pat
 def test_shards_without_any_separator_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = files(tmp_path / "data", [[5] * 300], 1)
     assert ids_of(stream(folder)) == [[5] * 300]  # a short one may be the rest of a document
-    monkeypatch.setattr(token_shards, "_ENOUGH", 300)
+    monkeypatch.setattr(shard_sequence, "_ENOUGH", 300)
     with pytest.raises(DataError, match=r"none of the first 300 tokens separates documents \(BOS 1"):
         stream(folder)
 
 
 def test_a_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_shards, "LONGEST", 1000)
+    monkeypatch.setattr(shard_sequence, "LONGEST", 1000)
     folder = files(tmp_path / "data", [[1, 5, 1, *[5] * 60_000, 1]], 1)
     with pytest.raises(DataError, match="document at token 2 has no end within 1,000 tokens"):
         list(stream(folder, shuffle=False, slice_tokens=16))
@@ -251,7 +251,7 @@ def test_d15_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path,
 
 
 def test_d15_an_id_beyond_the_vocabulary_past_what_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_shards, "_PROBED", 10)
+    monkeypatch.setattr(shard_sequence, "_PROBED", 10)
     write(tmp_path / "a_0.bin", [1, 5] * 20)
     write(tmp_path / "a_1.bin", [5, 2000, 1, 5])
     with pytest.raises(DataError, match=r"a_1\.bin: token 1 is 2000"):

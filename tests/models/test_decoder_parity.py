@@ -135,7 +135,7 @@ def test_logits_equal_the_reference(name: str, backend: str, document_mask: bool
 @pytest.mark.parametrize("backend", ["sdpa", "math"])
 def test_attention_gradients_equal_a_loop(backend: str) -> None:
     torch.manual_seed(0)
-    layer = Attention(12, 4, 2, 6, qk_norm=False, norm_eps=1e-6, backend=backend).double()  # type: ignore[arg-type]
+    layer = Attention(12, 4, 2, 6, qk_norm="none", norm_eps=1e-6, backend=backend).double()  # type: ignore[arg-type]
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(1, 7, 12, dtype=torch.float64, requires_grad=True)

@@ -13,14 +13,14 @@ from titanlm.errors import ArtifactError, NonFiniteError
 from titanlm.exporters.encoding import decode_tensors
 from titanlm.registry import Component, lookup
 
-CLIP = {"int8": 127, "int6": 31}
+CLIP = {"int8": 127, "int6": 31, "int5": 15}
 
 
 def build(name: str, **settings):
     return Component.named("quantizer", name, **settings).build()
 
 
-@pytest.fixture(params=["int8", "int6"])
+@pytest.fixture(params=["int8", "int6", "int5"])
 def name(request) -> str:
     return request.param
 

@@ -89,7 +89,7 @@ def inspect(
 def measure(target: Target, max_rows: int | None = None, n_samples: int = 3) -> Report:
     """Read a target and count. Raises DataError when its data cannot be opened."""
     report = Report(target.label, target.dataset.name, target.split)
-    if target.dataset.name == "token_shards":
+    if target.dataset.name in ("token_shards", "token_spans"):
         report.facts, report.tokens = _of_shards(target)
         if target.tokenizer is None:  # which says where documents begin
             return report

@@ -53,6 +53,8 @@ class Reading:
 
     def __init__(self, target: Target, max_rows: int | None = None) -> None:
         component = target.dataset
+        if component.name == "token_spans":  # what documents there are, not how training cuts them
+            component = Component.named("dataset", "token_shards", paths=component.config.paths, validation_paths=component.config.validation_paths)
         if any(field.name == "shuffle" for field in dataclasses.fields(component.config)):
             component = dataclasses.replace(component, config=dataclasses.replace(component.config, shuffle=False))
         # Without a tokenizer bytes stand in for it: text is read before any is asked.

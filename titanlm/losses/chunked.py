@@ -40,6 +40,7 @@ from torch.func import functional_call
 
 from titanlm.batch import IGNORE
 from titanlm.models.layers.compiled import compiled
+from titanlm.models.layers.rounding import rounded_once
 from titanlm.registry import Loss
 
 
@@ -79,7 +80,8 @@ def loss_sums(
         return run.sums(head(flat), targets, groups)
     parameters = dict(head.named_parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, *parameters.values())):
-        return LossSums(*_Chunked.apply(run, tuple(parameters), flat, targets, groups, *parameters.values()))
+        with rounded_once(head) as weights:  # for all chunks
+            return LossSums(*_Chunked.apply(run, tuple(weights), flat, targets, groups, *weights.values()))
     chunks = [run.sums(head(rows), wanted, group) for rows, wanted, group in _chunks(loss.chunk_tokens, flat, targets, groups)]
     return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*chunks, strict=True)))
 

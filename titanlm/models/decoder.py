@@ -10,21 +10,21 @@ by chunk (``titanlm.losses.chunked``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from titanlm.constraints import PositiveFew, PositiveFloat, PositiveInt, Size
-from titanlm.models.layers.attention import FLEX_HEAD_DIM, Attention, attention_mask, keep_block_masks_outside_graphs, usable_backend
+from titanlm.models.layers.attention import FLEX_HEAD_DIM, Attention, attention_mask, usable_backend
 from titanlm.models.layers.block import Block
 from titanlm.models.layers.cache import KVCache
 from titanlm.models.layers.embedding import Embedding
 from titanlm.models.layers.feed_forward import FeedForward, default_width
 from titanlm.models.layers.head import Head
 from titanlm.models.layers.init import draw_normal, head_std
+from titanlm.models.layers.language_model import LanguageModel
 from titanlm.models.layers.norm import RMSNorm
 from titanlm.models.layers.rope import rotary_tables
 from titanlm.registry import register
@@ -69,7 +69,7 @@ class DecoderConfig:
 
 
 @register("model", "decoder")
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """B rows, T tokens, D width, V vocabulary.
 
     Raises ValueError with every problem of the settings, one a line, each
@@ -92,10 +92,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(self._block() for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(self.vocab_size, config.d_model, tied_to=self.embedding if config.tie_embeddings else None, softcap=config.softcap)
-        self.register_load_state_dict_post_hook(lambda model, _: model.head.tie(model.embedding))  # for assign=True
-        expected, n_params = config.expect_params, sum(parameter.numel() for parameter in self.parameters())
-        if expected is not None and abs(n_params - expected) > 0.02 * expected:
-            raise ValueError(f"expect_params: {expected:,}, but the settings make {n_params:,} parameters ({n_params / expected - 1:+.1%})")
+        self.require_params(config.expect_params)
 
     def _block(self) -> Block:
         c = self.config
@@ -104,7 +101,7 @@ class Decoder(nn.Module):
             c.n_heads,
             self.n_kv_heads,
             self.head_dim,
-            qk_norm=c.qk_norm == "learned",
+            qk_norm=c.qk_norm,
             norm_eps=c.norm_eps,
             backend=self.attention_backend,
         )
@@ -127,11 +124,6 @@ class Decoder(nn.Module):
             x = block(x, rotary, mask) if cache is None else block(x, rotary, mask, (cache.layers[i], batch.positions, cache.used))
         hidden: Tensor = self.norm(x)
         return hidden
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """``nn.Module.compile``, in place."""
-        keep_block_masks_outside_graphs()
-        super().compile(*args, **kwargs)
 
     def new_cache(self, batch_size: int, max_len: int, device: torch.device | str) -> KVCache:
         """Room for ``max_len`` tokens in each of ``batch_size`` rows, in the compute dtype."""
@@ -182,12 +174,6 @@ class Decoder(nn.Module):
         """
         c = self.config
         return 6.0 * self.matmul_parameters() + 12.0 * c.n_layers * c.n_heads * self.head_dim * seq_len
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        # to(), to_empty() and the like may put a new Parameter into every module that holds a shared one.
-        super()._apply(fn, recurse)
-        self.head.tie(self.embedding)
-        return self
 
 
 def _problems(config: DecoderConfig, vocab_size: int, max_seq_len: int) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from titanlm.constraints import Decay, NonNegativeFloat, PositiveFloat
 from titanlm.patterns import NamedParam, matches
-from titanlm.registry import register
+from titanlm.registry import Component, Slot, register
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class AdamWConfig:
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Applied as p ← p·(1 − lr·weight_decay), to `decay_params` only."""
+    weight_decay_schedule: Annotated[Component, Slot("scheduler")] | None = None
+    """Multiplies `weight_decay`, as the run's scheduler does the learning rate."""
     decay_params: tuple[str, ...] = ("@matrix", "@head")
     """What decays: by default no norm, bias, gain or embedding."""
 

@@ -12,7 +12,8 @@ and handed to every layer in the form that its kernel wants:
 
 Grouped queries: Ainslie et al. 2023, arXiv:2305.13245. Query and key norms:
 Henry et al. 2020, arXiv:2010.04245. FlexAttention: Dong et al. 2024,
-arXiv:2412.05496.
+arXiv:2412.05496. Gains of queries and exclusive attention: the records of
+openai/parameter-golf (pull requests 369 and before).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from titanlm.models.layers.cache import KVCache, LayerCache
 
 Backend: TypeAlias = Literal["auto", "sdpa", "flex", "math"]
+QkNorm: TypeAlias = Literal["none", "learned", "plain"]
 Mask: TypeAlias = "Tensor | BlockMask | None"
 
 
@@ -53,18 +55,37 @@ def usable_backend(backend: Backend, head_dim: int) -> Backend:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; legend as in the package, S keys, dh head_dim."""
+    """Multi-head attention with rotary positions; legend as in the package, S keys, dh head_dim.
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, *, qk_norm: bool, norm_eps: float, backend: Backend) -> None:
+    ``qk_norm`` is of queries and keys before they are rotated, ``plain``
+    without a weight. With ``q_gain`` rotated queries are multiplied by a
+    learned number a head. ``exclusive`` takes out of what a position has
+    gathered the part along its own value (:func:`exclude_own_value`).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: QkNorm,
+        norm_eps: float,
+        backend: Backend,
+        q_gain: bool = False,
+        exclusive: bool = False,
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.backend = backend
+        self.exclusive = exclusive
         self.q_proj = Linear(d_model, n_heads * head_dim)
         self.k_proj = Linear(d_model, n_kv_heads * head_dim)
         self.v_proj = Linear(d_model, n_kv_heads * head_dim)
         self.o_proj = Linear(n_heads * head_dim, d_model)
-        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.q_norm, self.k_norm = (None if qk_norm == "none" else RMSNorm(head_dim, norm_eps, learned=qk_norm == "learned") for _ in range(2))
+        self.q_gain = nn.Parameter(torch.empty(n_heads, dtype=torch.float32)) if q_gain else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: tuple[LayerCache, Tensor, int] | None = None) -> Tensor:
         """(B, T, D) → (B, T, D).
@@ -74,15 +95,33 @@ class Attention(nn.Module):
         """
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        own = v
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.q_gain is not None:
+            q = q * self.q_gain[:, None].to(q.dtype)
         if past is not None:
             cache, positions, used = past
             k, v = cache.update(positions, k, v, used)
         attend = _attend_math if self.backend == "math" else _attend_sdpa if mask is None or isinstance(mask, Tensor) else _attend_flex
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        if self.exclusive:
+            y = exclude_own_value(y, own)
+        return self.o_proj(y.flatten(2))
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """``y − (y · v̂) v̂`` with v̂ the unit vector of the position's own value: exclusive attention (XSA).
+
+    (B, T, H, dh) and (B, T, K, dh) → (B, T, H, dh). Each query head excludes
+    the value of its own group; values are not repeated for it. Computed in
+    fp32, or fp64, and rounded once to the dtype of ``y``.
+    """
+    wide = torch.promote_types(y.dtype, torch.float32)
+    groups = y.to(wide).unflatten(2, (v.shape[2], -1))
+    unit = F.normalize(v.to(wide), dim=-1, eps=1e-12)[..., None, :]
+    return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
 def attention_mask(batch: Batch, backend: Backend, cache: KVCache | None = None) -> Mask:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanlm.models.layers.rounding import in_use
+
 
 class Embedding(nn.Module):
     """Ids to vectors: a table (V, D), or a table (V, r) times a projection (r, D).
@@ -13,6 +15,8 @@ class Embedding(nn.Module):
     Masters are fp32. The output has ``compute_dtype``, which the trainer sets
     on every module that has it: this is where a bf16 run becomes bf16.
     """
+
+    rounds = ("weight", "projection")
 
     def __init__(self, vocab_size: int, d_model: int, rank: int | None = None) -> None:
         super().__init__()
@@ -22,8 +26,8 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) ids → (B, T, D)."""
-        x = F.embedding(tokens, self.weight).to(self.compute_dtype)
-        return x if self.projection is None else x @ self.projection.to(x.dtype)
+        x = F.embedding(tokens, in_use(self, "weight")).to(self.compute_dtype)
+        return x if self.projection is None else x @ in_use(self, "projection").to(x.dtype)
 
     def extra_repr(self) -> str:
         rank = "" if self.projection is None else f"rank={self.weight.shape[1]}, "

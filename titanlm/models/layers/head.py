@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.models.layers.embedding import Embedding
+from titanlm.models.layers.rounding import in_use, is_rounding
 from titanlm.models.layers.softcap import Softcap
 
 _ROW_BYTES = 16
@@ -64,8 +65,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 class Head(nn.Module):
     """``h Wᵀ``, or ``(h Pᵀ) Eᵀ`` when tied to a factorised embedding, then the softcap if there is one."""
 
-    casts_weights = True
-    """Every weight is used in the dtype of the hidden states alone, so the loss may cast once for all its chunks."""
+    rounds = ("weight", "projection")
 
     def __init__(self, vocab_size: int, d_model: int, *, tied_to: Embedding | None = None, softcap: float | None = None) -> None:
         super().__init__()
@@ -73,6 +73,14 @@ class Head(nn.Module):
         self.weight: nn.Parameter = nn.Parameter(torch.empty(vocab_size, d_model, dtype=torch.float32)) if tied_to is None else tied_to.weight
         self.projection: nn.Parameter | None = None if tied_to is None else tied_to.projection
         self.softcap = None if softcap is None else Softcap(softcap)
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether every weight is used in the dtype of the hidden states alone, so that the loss may cast once for all its chunks.
+
+        Not while weights are rounded: the grid is that of the fp32 master.
+        """
+        return not is_rounding(self)
 
     def tie(self, embedding: Embedding) -> None:
         """Share again after the embedding's parameters were replaced, as a move between devices may do."""
@@ -82,8 +90,8 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) → (..., V), in the dtype of ``hidden``."""
         if self.projection is not None:
-            hidden = F.linear(hidden, self.projection.to(hidden.dtype))
-        logits = project(hidden, self.weight.to(hidden.dtype))
+            hidden = F.linear(hidden, in_use(self, "projection").to(hidden.dtype))
+        logits = project(hidden, in_use(self, "weight").to(hidden.dtype))
         return logits if self.softcap is None else self.softcap(logits)
 
     # The owner saves and loads what is shared.

@@ -12,7 +12,7 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -24,6 +24,16 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 def draw_normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
     """Normal values with mean 0, fp32 on the CPU."""
     return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator_for(seed, name))
+
+
+def draw_orthogonal(shape: torch.Size, gain: float, seed: int, name: str) -> Tensor:
+    """A matrix whose rows, or columns where there are fewer, are orthogonal and of length ``gain`` (Saxe et al. 2013, arXiv:1312.6120)."""
+    return nn.init.orthogonal_(torch.empty(shape, dtype=torch.float32, device="cpu"), gain, generator=generator_for(seed, name))
+
+
+def draw_uniform(shape: torch.Size, bound: float, seed: int, name: str) -> Tensor:
+    """Uniform values within ±``bound``, fp32 on the CPU."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, name))
 
 
 def head_std(init_std: float, vocab_size: int, d_model: int, *, tied: bool) -> float:

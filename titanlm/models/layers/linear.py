@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanlm.models.layers.rounding import in_use
+
 
 class Linear(nn.Module):
     """``x @ weight.T`` without bias.
@@ -18,13 +20,15 @@ class Linear(nn.Module):
     ``weight`` is (n_out, n_in), fp32, empty until the model's ``init_weights``.
     """
 
+    rounds = ("weight",)
+
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) → (..., n_out), in the dtype of ``x``."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, in_use(self, "weight").to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

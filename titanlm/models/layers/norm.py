@@ -8,21 +8,22 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """``weight · x / sqrt(mean(x²) + eps)`` over the last dimension.
+    """``weight · x / sqrt(mean(x²) + eps)`` over the last dimension; not ``learned``, it has no weight.
 
     Computed in fp32 (fp64 for fp64 input), weight included, and rounded once
     to the dtype of the input.
     """
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, *, learned: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32)) if learned else None
+        self.dim, self.eps = dim, eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim)."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        weight = None if self.weight is None else self.weight.to(wide)
+        return F.rms_norm(x.to(wide), (self.dim,), weight, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        return f"{self.dim}, eps={self.eps}{'' if self.weight is not None else ', without weight'}"

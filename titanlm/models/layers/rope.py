@@ -28,3 +28,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (B, T, H, head_dim); computed in the dtype of the tables, returned in that of ``x``."""
     x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def ntk_theta(theta: float, head_dim: int, seq_len: int, reference_tokens: int) -> float:
+    """The base for rows longer than the reference: ``theta · (seq_len / reference)^(head_dim / (head_dim − 2))``.
+
+    "NTK-aware" scaling (Peng et al. 2023, arXiv:2309.00071, §3.1): the highest
+    frequency stays and the lowest is stretched by just the factor of the
+    lengths. Rows up to the reference keep ``theta``.
+    """
+    return theta * max(1.0, seq_len / reference_tokens) ** (head_dim / (head_dim - 2))

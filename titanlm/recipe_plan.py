@@ -1,0 +1,252 @@
+"""`titanlm recipe plan`: what the stages of a recipe are, and what its train stages take, before there is a device or data.
+
+Everything here is computed. Models are built on the meta device, where tensors
+have shapes and no memory; moments are counted by letting each optimizer make a
+step there. What is not known is said to be unknown rather than guessed.
+
+Memory and traffic follow torch's algorithms, for N devices of which S share
+one copy (`fsdp2`: all, `hsdp`: a group):
+
+* a sharded parameter is cut by rows, ⌈rows / S⌉ to a device, the last padded;
+* in a ring each device sends (n−1)/n of a tensor for a gather or a
+  reduce-scatter among n, and receives as much; an all-reduce is both;
+* `replicate` all-reduces the gradients once a step. FSDP2 gathers the root unit
+  once a micro-batch, a block once or, when it lets go of it after the forward
+  pass, twice, and reduce-scatters the gradients once a step. Until then, if
+  there are several micro-batches, each device adds up whole gradients. `hsdp`
+  adds an all-reduce of the parts over the N/S groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanlm.check import build_model, optimizer_claims, parallel_problems, roles_of
+from titanlm.config import RunConfig
+from titanlm.datasets.files import offline
+from titanlm.distributed.strategy import shards_of
+from titanlm.distributed.world import World
+from titanlm.errors import ConfigError, TitanError
+from titanlm.metrics import GIB, PEAK_FLOPS, peak_flops_of
+from titanlm.patterns import NamedParam
+from titanlm.recipe import ScaledRecipe
+from titanlm.registry import did_you_mean
+
+HOST_DEVICES = 8
+"""Devices of a host, where `hsdp` takes the group to be a host's."""
+MFUS = (0.2, 0.35, 0.5)
+"""Shares of a device's peak that hours are given for, from small models to large, well-tuned ones."""
+SHARDED = ("fsdp2", "hsdp")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, for the first device, which has the largest parts."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    """What `parallel.cpu_offload` keeps in host memory instead."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each device sends in a step, and receives, by what they are."""
+
+    gathers: float = 0
+    """Of parameters."""
+    scatters: float = 0
+    """Of gradients, added up over the devices that share a copy."""
+    reduces: float = 0
+    """Of gradients, or of their parts, over the copies."""
+
+    @property
+    def total(self) -> float:
+        return self.gathers + self.scatters + self.reduces
+
+
+# ---------------------------------------------------------------- numbers
+def planned_model(config: RunConfig) -> Any:
+    """The model on the meta device, for a vocabulary of ``model.vocab_size`` or, where that is unset, the tokenizer's.
+
+    Raises TitanError when neither says it, ValueError for settings that make no model.
+    """
+    vocab_size = getattr(config.model.config, "vocab_size", None)
+    if vocab_size is None:
+        try:
+            with offline():
+                vocab_size = config.tokenizer.build().vocab_size
+        except (TitanError, ValueError, OSError) as error:
+            raise TitanError(f"model.vocab_size is unset, and the tokenizer cannot say it yet: {str(error).splitlines()[0]}") from error
+    return build_model(config, SimpleNamespace(vocab_size=vocab_size))
+
+
+class Layout:
+    """How a model's parameters lie on the devices of a world."""
+
+    def __init__(self, config: RunConfig, model: Any, world: World) -> None:
+        self.config, self.model, self.world = config, model, world
+        self.strategy = config.parallel.strategy
+        self.shards = {"fsdp2": world.size, "hsdp": shards_of(config.parallel, world)}.get(self.strategy, 1)
+        self.accumulation = config.train.global_batch // (config.train.micro_batch * world.size)
+        self.parameters = list(model.parameters())
+        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        self.blocks = [list(block.parameters()) for block in model.blocks]
+        in_blocks = {id(parameter) for block in self.blocks for parameter in block}
+        self.root = [parameter for parameter in self.parameters if id(parameter) not in in_blocks]
+        compute = config.train.precision == "bf16" and config.parallel.gather_dtype == "compute"
+        self.gathered_bytes = 2 if compute else 4
+        """Of a number of a block's parameters on its way."""
+
+    def part(self, parameter: Tensor) -> int:
+        """Numbers of a parameter on the first device."""
+        rows = parameter.shape[0] if parameter.ndim else 1
+        return parameter.numel() if self.shards == 1 or not rows else -(-rows // self.shards) * (parameter.numel() // rows)
+
+    def memory(self) -> Memory:
+        parallel = self.config.parallel
+        parts = sum(self.part(parameter) * parameter.element_size() for parameter in self.parameters)
+        moments = optimizer_bytes(self.config, self.model)
+        kept = {"weights": parts, "moments": sum(-(-moments[id(p)] * self.part(p) // p.numel()) for p in self.trained if p.numel())}
+        if self.config.averager is not None:
+            kept["average"] = sum(4 * self.part(parameter) for parameter in self.parameters)
+        whole = self.strategy in SHARDED and self.accumulation > 1
+        gradients = {"gradients": sum((p.numel() if whole else self.part(p)) * p.element_size() for p in self.trained)}
+        gathered = {}
+        if self.shards > 1:
+            sizes = sorted(sum(p.numel() for p in block) for block in self.blocks)
+            held = sizes if not parallel.reshard_after_forward else sizes[-1 - (parallel.prefetch_blocks or 1) :]
+            gathered["gathered"] = 4 * sum(p.numel() for p in self.root) + self.gathered_bytes * sum(held)
+        if self.strategy in SHARDED and parallel.cpu_offload:
+            return Memory(device=(gradients if whole else {}) | gathered, host=kept | ({} if whole else gradients))
+        return Memory(device=kept | gradients | gathered, host={})
+
+    def traffic(self) -> Traffic:
+        size = self.world.size
+        gradients = sum(self.part(parameter) * parameter.element_size() for parameter in self.trained)
+        if self.strategy == "none":
+            return Traffic()
+        if self.strategy == "replicate":
+            return Traffic(reduces=2 * (size - 1) / size * gradients)
+        others, groups = self.shards - 1, size // self.shards
+        times = 2 if self.config.parallel.reshard_after_forward else 1
+        in_blocks = sum(self.part(parameter) for block in self.blocks for parameter in block)
+        in_root = sum(self.part(parameter) for parameter in self.root)
+        return Traffic(
+            gathers=self.accumulation * others * (times * self.gathered_bytes * in_blocks + 4 * in_root),
+            scatters=others * gradients,
+            reduces=2 * (groups - 1) / groups * gradients,
+        )
+
+
+def optimizer_bytes(config: RunConfig, model: Any) -> dict[int, int]:
+    """id of a trained parameter → bytes that its optimizer keeps for it, found by a step on the meta device.
+
+    Raises ValueError for parameters that no optimizer claims.
+    """
+    parameters, roles = dict(model.named_parameters()), roles_of(model)
+    claims = optimizer_claims(config, model)
+    if claims.problems or claims.unclaimed:
+        raise ValueError(
+            "\n".join([*(f"optimizer.{problem}" for problem in claims.problems), *(f"optimizer: none claims {name}" for name in claims.unclaimed)])
+        )
+    sizes = {}
+    for component, names in zip(config.optimizer, claims.claimed, strict=True):
+        optimizer = component.build(named_params=[NamedParam(name, parameters[name], roles[name]) for name in names])
+        for name in names:
+            parameters[name].grad = torch.empty_like(parameters[name])
+        optimizer.step()
+        for name in names:
+            parameters[name].grad = None
+            state = optimizer.state.get(parameters[name], {})
+            sizes[id(parameters[name])] = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor) and value.is_meta)
+    return sizes
+
+
+def peak_of(device_name: str) -> float:
+    """Dense bf16 FLOP/s. Raises TitanError with the names there are."""
+    peak = peak_flops_of(device_name)
+    if peak is None:
+        names = [name for pattern in PEAK_FLOPS for name in re.sub(r"\(\?!.*?\)", "", pattern).split("|")]
+        raise TitanError(f"--device-name {device_name!r}: its peak is not known{did_you_mean(device_name, names)} (known: {', '.join(names)})")
+    return peak
+
+
+# ---------------------------------------------------------------- text
+def plan(scaled: ScaledRecipe, *, n_devices: int = 1, device_name: str | None = None) -> str:
+    """The stages with their commands, and what train stages take on so many devices.
+
+    Raises ConfigError with the mistakes of all configs, TitanError for a device
+    whose peak is not known.
+    """
+    peak = None if device_name is None else peak_of(device_name)
+    world = World(size=n_devices, local_size=min(n_devices, HOST_DEVICES))
+    configs, problems = scaled.configs(), []
+    n_stages = len(scaled.stages)
+    lines = [f"{scaled.recipe.path}: scale {scaled.scale}, {n_stages} stage{'s' * (n_stages != 1)} in {scaled.out}"]
+    for number, stage in enumerate(scaled.stages, 1):
+        lines += ["", f"{number}. {stage.name}", f"   {stage.command}"]
+        rows = [("output", stage.output)] if stage.output else []
+        if stage.trains:
+            config = configs[stage.name]
+            wrong = list(parallel_problems(config, world)) if n_devices > 1 else []
+            try:
+                rows += _training(config, world, device_name, peak) if not wrong else []
+            except ValueError as error:
+                wrong += str(error).splitlines()
+            problems += [f"stage {stage.name!r}: {problem}" for problem in wrong]
+        lines += [f"   {name:<16} {text}" for name, text in rows]
+    if problems:
+        raise ConfigError(problems, str(scaled.recipe.path))
+    return "\n".join(lines)
+
+
+def _training(config: RunConfig, world: World, device_name: str | None, peak: float | None) -> Iterator[tuple[str, str]]:
+    """(name, text) of what a train stage takes."""
+    train = config.train
+    a_step = train.global_batch * train.seq_len
+    tokens = a_step * train.steps
+    try:
+        model = planned_model(config)
+    except TitanError as error:
+        yield "parameters", f"unknown: {error}"
+        model = None
+    if model is not None:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        yield "parameters", f"{parameters:,}" + (f", {trained:,} of them trained" if trained != parameters else "")
+    yield "tokens", f"{a_step:,} a step, {tokens:,} in {train.steps:,} steps"
+    if model is None:
+        return
+    flops = model.flops_per_token(train.seq_len)
+    yield "FLOPs", f"{flops:,.0f} a token, {flops * tokens:.3g} in all (forward and backward)"
+    layout = Layout(config, model, world)
+    yield "devices", f"{world.size}, parallel.strategy {layout.strategy!r}" + (f", groups of {layout.shards}" if layout.strategy == "hsdp" else "")
+    held = layout.memory()
+    for place, parts in (("memory", held.device), ("host memory", held.host)):
+        if parts:
+            text = " + ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
+            yield place, f"{sum(parts.values()) / GIB:.3f} GiB a device, computed: {text}"
+    yield "", "activations and buffers come on top and are not counted"
+    if world.size > 1:
+        traffic = layout.traffic()
+        named = {"gathering parameters": traffic.gathers, "scattering gradients": traffic.scatters, "adding up gradients": traffic.reduces}
+        text = " + ".join(f"{name} {size / 1e9:.3f}" for name, size in named.items() if size)
+        yield "communication", f"{traffic.total / 1e9:.3f} GB a step sent by each device, computed: {text}"
+        yield "", "what optimizers exchange among themselves (muon) comes on top and is not counted"
+    if peak is None:
+        yield "hours", "computed with --device-name, such as H200"
+        return
+    hours = ", ".join(f"{flops * tokens / (share * peak * world.size) / 3600:,.2f} at {share:.0%}" for share in MFUS)
+    yield "hours", f"{hours} MFU, computed, on {world.size} × {device_name} of {peak / 1e12:,.0f} TFLOP/s (dense bf16)"
+    if train.precision == "fp32":
+        yield "", 'train.precision is "fp32": that peak is out of reach'
+    if (limit := train.max_wallclock_s) is not None:
+        needed = flops * tokens / (limit * peak * world.size)
+        yield "", f"train.max_wallclock_s ends it after {limit / 3600:.2f} hours; all steps within them take {needed:.0%} MFU"
