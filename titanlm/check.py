@@ -95,7 +95,7 @@ def _check(config: RunConfig) -> Report:
     if config.qat.start_fraction and not rounding:
         report.warnings.append("qat.start_fraction: no quantizer has `qat = true`, so no weight is rounded in training")
     if rounding and config.parallel.gather_dtype == "compute" and train.precision == "bf16":
-        report.problems.append("parallel.gather_dtype: 'compute' gathers weights in bf16, whose grid is not that of the export; with a quantizer's qat set 'fp32'")
+        report.problems.append("parallel.gather_dtype: 'compute' gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'")
     report.attempt("loss", lambda: config.loss.build())
     if config.fitter is not None:
         if config.export.max_bytes is None:

@@ -10,7 +10,10 @@ from titanlm.config import RunConfig, diff, loads
 from titanlm.distributed.world import Peers
 from titanlm.errors import CheckpointError
 
-RESUMABLE = ("train.steps", "train.max_wallclock_s", "train.priming_steps", "train.log_every", "train.validate_every", "train.sample_", "train.gc_every", "train.on_nonfinite", "train.max_skipped")
+RESUMABLE = (
+    *("train.steps", "train.max_wallclock_s", "train.priming_steps", "train.log_every", "train.validate_every", "train.sample_"),
+    *("train.gc_every", "train.on_nonfinite", "train.max_skipped"),
+)
 RESUMABLE_DATA = ("data.prefetch", "data.workers", "data.epochs", "data.on_error", "data.start")
 RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports", "spike.")
 """Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
