@@ -240,15 +240,15 @@ def test_cpu_out_of_memory_in_torchs_own_words(tiny: Path) -> None:
 def test_signal_during_validation_ends_it_and_the_next_start_makes_up_for_it(tiny: Path, monkeypatch) -> None:
     import titanlm.evaluate
 
-    batches = titanlm.evaluate.ValidationSet.batches
+    rows = titanlm.evaluate.ValidationSet.rows
 
     def interrupting(entry):
-        for index, batch in enumerate(batches(entry)):
-            if index == 1:
+        for index, row in enumerate(rows(entry)):
+            if index == entry.micro_batch:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+            yield row
 
-    monkeypatch.setattr(titanlm.evaluate.ValidationSet, "batches", interrupting)
+    monkeypatch.setattr(titanlm.evaluate.ValidationSet, "rows", interrupting)
     with Trainer(load(tiny, ["--run.name=v", "--train.steps=3", "--scheduler=constant"])) as trainer:
         with pytest.raises(Interrupted):
             trainer.train()

@@ -77,11 +77,10 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> None:
     from titanlm.evaluate import evaluate_target
 
-    print(
-        evaluate_target(
-            args.target, overrides=args.overrides, imports=args.imports, device=args.device, averaged=args.averaged, step=args.step, as_json=args.json
-        )
-    )
+    which = {"overrides": args.overrides, "imports": args.imports, "device": args.device, "averaged": args.averaged, "step": args.step}
+    text = evaluate_target(args.target, **which, compiled=args.compile, as_json=args.json)
+    if text is not None:
+        print(text)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -371,6 +370,7 @@ def _build_parser() -> Parser:
     which = verb.add_mutually_exclusive_group()
     which.add_argument("--averaged", dest="averaged", action="store_true", default=None, help="averaged weights (the default where they exist)")
     which.add_argument("--raw", dest="averaged", action="store_false", help="raw weights")
+    verb.add_argument("--compile", action="store_true", help="compile the model first, as train.compile says; pays for long sets")
     verb.add_argument("--json", action="store_true", help="one line of JSON")
 
     verb = add("export", _export, "write a run's artifact and score it", "titanlm export runs/debug --export.max_bytes=16000000", overrides=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,11 +22,14 @@ from titanlm.batch import Batch, Row
 from titanlm.config import FILE_DATASETS, RunConfig, Validation
 from titanlm.data import batch_of, validation_rows
 from titanlm.datasets.mixture import Source
-from titanlm.distributed.world import Peers
+from titanlm.distributed.world import Peers, World
 from titanlm.errors import DataError
 from titanlm.metrics import bits_per_byte, perplexity
 from titanlm.registry import Component
 from titanlm.stream import Stream, streams_of
+
+if TYPE_CHECKING:
+    from titanlm.targets import Target
 
 SCORES = ("loss", "perplexity", "bits_per_byte")
 
@@ -121,7 +125,7 @@ def pad_id(tokenizer: Any) -> int:
 
 
 @torch.no_grad()
-def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callable[[], None] = lambda: None, peers: Peers | None = None) -> Scores:
+def score(module: Any, entry: ValidationSet, device: torch.device, poll: Callable[[], object] = lambda: None, peers: Peers | None = None) -> Scores:
     """Score a TrainModule on a set, without touching random numbers or the training data.
 
     ``poll`` is called before each batch and may raise to end the scoring.
@@ -170,31 +174,45 @@ def evaluate_target(
     device: str = "auto",
     averaged: bool | None = None,
     step: int | Literal["best"] | None = None,
+    compiled: bool = False,
     as_json: bool = False,
-) -> str:
-    """Score a run, a checkpoint or an artifact on its validation sets; the text to print.
+) -> str | None:
+    """Score a run, a checkpoint or an artifact on its validation sets; the text to print, None on all ranks but the first.
 
-    ``overrides`` change the stored config (another dataset, fewer tokens).
-    ``averaged``: the averaged weights of a run or checkpoint; None takes them
-    where they exist.
+    Under torchrun each rank holds the whole model, and they share out the
+    batches. ``overrides`` change the stored config (another dataset, fewer
+    tokens). ``averaged``: the averaged weights of a run or checkpoint; None
+    takes them where they exist. ``compiled``: as `train.compile` says, which
+    pays for long sets.
     """
+    from titanlm.distributed.compile import compile_module
+    from titanlm.distributed.process_group import connected
     from titanlm.targets import open_target
 
     opened = open_target(target, overrides=overrides, imports=imports, device=device, averaged=averaged, step=step)
+    if compiled:
+        compile_module(opened.module, opened.config.train.compile)
+    world, parallel = World.from_environment(), opened.config.parallel
+    if opened.device.type == "cuda":
+        torch.cuda.set_device(opened.device)
     results: dict[str, dict[str, Any]] = {}
     differences: dict[str, str] = {}
-    for entry in opened.config.validation:
-        scores = score(opened.module, ValidationSet.build(entry, opened.config, opened.tokenizer), opened.device)
-        results[entry.name] = {
-            "loss": scores.loss,
-            "perplexity": scores.perplexity,
-            "bits_per_byte": scores.bits_per_byte,
-            "tokens": scores.n_tokens,
-            "bytes": scores.n_bytes,
-            "text_bytes": scores.text_bytes,
-            "uncounted_bytes": scores.uncounted_bytes,
-        }
-        differences[entry.name] = scores.difference
+    alone = nullcontext() if world.size == 1 else connected(world, opened.device, timeout_s=parallel.timeout_s, init_timeout_s=parallel.init_timeout_s)
+    with alone:
+        for entry in opened.config.validation:
+            scores = _scored(opened, ValidationSet.build(entry, opened.config, opened.tokenizer), Peers(world))
+            results[entry.name] = {
+                "loss": scores.loss,
+                "perplexity": scores.perplexity,
+                "bits_per_byte": scores.bits_per_byte,
+                "tokens": scores.n_tokens,
+                "bytes": scores.n_bytes,
+                "text_bytes": scores.text_bytes,
+                "uncounted_bytes": scores.uncounted_bytes,
+            }
+            differences[entry.name] = scores.difference
+    if world.rank:
+        return None
     if as_json:
         # JSON has no nan: a number that is not finite is null.
         numbers = {name: {key: value if math.isfinite(value) else None for key, value in values.items()} for name, values in results.items()}
@@ -208,3 +226,11 @@ def evaluate_target(
         if differences[name]:
             lines.append(f"  {name}: {differences[name]}")
     return "\n".join(lines)
+
+
+def _scored(opened: Target, entry: ValidationSet, peers: Peers) -> Scores:
+    """With a count of batches on a terminal: a sliding set may take minutes."""
+    from tqdm import tqdm
+
+    with tqdm(unit=" batches", desc=entry.name, leave=False, disable=True if peers.rank else None) as bar:  # None: only on a terminal
+        return score(opened.module, entry, opened.device, bar.update, peers)

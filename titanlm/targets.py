@@ -113,7 +113,7 @@ def open_target(
     from titanlm.train import choose_device, phases_of
 
     import_outside(imports)
-    chosen = choose_device(device)
+    chosen = choose_device(device, World.from_environment().local_rank)
     if path.is_file():
         if step is not None:
             raise TitanError(f"{path}: an artifact holds one set of weights; leave out --step")
