@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from titanlm import checkpoint
-from titanlm.check import check, horizon_of
+from titanlm.check import check, horizon_of, schedules_of
 from titanlm.config import load
 from titanlm.distributed.world import World
 from titanlm.errors import TitanError
@@ -49,24 +52,52 @@ def test_priming_changes_nothing(tiny: Path, settings: tuple[str, ...]) -> None:
     run(tiny, "--run.name=primed", "--train.priming_steps=2", *settings)
     assert losses(tiny, "primed") == losses(tiny, "plain")
     a, b = (checkpoint.load(tiny.parent / "runs" / name / "checkpoints" / "step-00000020") for name in ("plain", "primed"))
-    for name in ("model", "averagers", "optimizers", "source_tokens", "spikes"):
+    for name in ("model", "averagers", "optimizers", "source_tokens"):
         torch.testing.assert_close(a.state[name], b.state[name], rtol=0, atol=0)
     assert a.state["progress"]["tokens"] == b.state["progress"]["tokens"]
 
 
 def test_priming_after_a_resume_changes_nothing(tiny: Path) -> None:
-    run(tiny, "--run.name=straight")
-    run(tiny, "--run.name=resumed", "--train.steps=9", '--checkpoint.allow_changes=["scheduler"]')
-    before = losses(tiny, "resumed")
-    with Trainer(load(tiny, ["--run.name=resumed", "--train.priming_steps=3"])) as trainer:
-        moments = {name: values["exp_avg"].clone() for name, values in checkpoint.optimizer_state(trainer.optimizers[0], trainer.names)["params"].items()}
+    run(tiny, "--run.name=plain", "--train.steps=9", "--scheduler=constant")
+    shutil.copytree(tiny.parent / "runs" / "plain", tiny.parent / "runs" / "primed")
+    run(tiny, "--run.name=plain", "--scheduler=constant")
+    run(tiny, "--run.name=primed", "--scheduler=constant", "--train.priming_steps=3")
+    assert losses(tiny, "primed") == losses(tiny, "plain")
+    a, b = (checkpoint.load(tiny.parent / "runs" / name / "checkpoints" / "step-00000020") for name in ("plain", "primed"))
+    for name in ("model", "averagers", "optimizers", "interval"):
+        torch.testing.assert_close(a.state[name], b.state[name], rtol=0, atol=0)
+    for name in ("torch", "python"):
+        assert str(a.ranks[0]["rng"][name]) == str(b.ranks[0]["rng"][name])
+    assert str(a.ranks[0]["data"]) == str(b.ranks[0]["data"])
+
+
+def test_priming_with_less_data_than_it_asks_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase is run all the same, at the present step, and the data is where it was."""
+    overrides = ["--run.name=x", "--train.priming_steps=40", "--data.epochs=1", "--train.global_batch=64", QAT, "--qat.start_fraction=0.5"]
+    with Trainer(load(tiny, overrides)) as trainer:
+        seen = set()
+        set_schedules = trainer._set_schedules
+        monkeypatch.setattr(trainer, "_set_schedules", lambda phase: (seen.add((trainer.progress.step, phase.switches)), set_schedules(phase)))
         trainer._prime()
-        after = checkpoint.optimizer_state(trainer.optimizers[0], trainer.names)["params"]
-        assert all(torch.equal(after[name]["exp_avg"], moment) for name, moment in moments.items())
-        assert trainer.progress.step == 9
-        trainer.train()
-    assert len(before) == 9
-    assert len(losses(tiny, "resumed")) == 20
+        assert seen == {(0, (("qat", False),)), (0, (("qat", True),))}
+        assert trainer.loader.state()["row"] == 0
+
+
+def test_a_loss_that_is_not_finite_while_priming_leaves_the_weights(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Trainer(load(tiny, ["--run.name=x", "--train.priming_steps=4"])) as trainer:
+        initial = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        step, calls = trainer.train_step, itertools.count()
+
+        def train_step() -> None:
+            if next(calls) == 2:
+                with torch.no_grad():
+                    next(iter(trainer.model.parameters())).fill_(torch.nan)
+            step()
+
+        monkeypatch.setattr(trainer, "train_step", train_step)
+        trainer._prime()
+        assert all(torch.equal(parameter, initial[name]) for name, parameter in trainer.model.named_parameters())
+        trainer.guard.check()
 
 
 def test_every_phase_is_primed_and_its_seconds_do_not_count(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +194,25 @@ def test_a_schedule_that_cannot_be_is_found_before_the_run(tiny: Path) -> None:
     assert report.problems == ["optimizer.0.weight_decay_schedule.warmup_steps: warmup_steps 99 exceed train.steps = 20"]
 
 
+def test_only_settings_that_hold_a_scheduler_are_schedules(tiny: Path) -> None:
+    config = load(tiny)
+    outside = SimpleNamespace(config=SimpleNamespace(lr=1.0, decay_schedule="cosine", momentum_schedule=config.scheduler, weight_decay_schedule=None))
+    assert list(schedules_of(config, outside)) == ["lr", "momentum"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["--train.max_wallclock_s=60.0", "--train.compile=block", "--scheduler=constant"], "compiling counts as training"),
+        (["--train.max_wallclock_s=60.0"], "'cosine' goes by train.steps"),
+        (["--averager=swa"], "no multiple of 50 steps"),
+    ],
+)
+def test_what_will_surprise_is_said_before(tiny: Path, overrides: list[str], word: str) -> None:
+    assert [word in warning for warning in check(load(tiny, overrides)).warnings].count(True) == 1
+    assert not any(word in warning for warning in check(load(tiny)).warnings)
+
+
 # ---------------------------------------------------------------- quantization-aware training
 def test_phases_of_quantization_aware_training(tiny: Path) -> None:
     def switches(*overrides: str) -> list[tuple[float, bool]]:
@@ -175,7 +225,7 @@ def test_phases_of_quantization_aware_training(tiny: Path) -> None:
     assert "so no weight is rounded" in check(load(tiny, ["--qat.start_fraction=0.5"])).warnings[0]
 
 
-def test_late_rounding_changes_the_run_from_its_start_on_and_is_what_is_scored(tiny: Path) -> None:
+def test_late_rounding_changes_the_run_from_its_start_on_and_is_what_is_scored(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny, "--run.name=raw", "--quantizer=int6")
     late = (QAT.replace("int6", "int5"), "--qat.start_fraction=0.5")
     run(tiny, "--run.name=late", *late)
@@ -186,6 +236,8 @@ def test_late_rounding_changes_the_run_from_its_start_on_and_is_what_is_scored(t
     (tiny.parent / "runs" / "resumed" / "checkpoints" / "step-00000020").rename(tiny.parent / "gone")
     run(tiny, "--run.name=resumed", *late, "--checkpoint.every=13")
     assert losses(tiny, "resumed") == rounded
+    said = capsys.readouterr().out
+    assert said.count("from step 11 on: qat True") == 2  # the run that was resumed behind it has entered nothing anew
     target = open_target(tiny.parent / "runs" / "late", averaged=False)
     assert all(module.qat for module in target.module.modules() if hasattr(module, "qat"))
 
@@ -202,3 +254,61 @@ def test_an_optimizer_without_that_setting_is_told(tiny: Path, monkeypatch: pyte
     monkeypatch.setattr(module, "schedules_of", lambda config, entry: {"lr": config.scheduler, "tilt": config.scheduler})
     with pytest.raises(TitanError, match="AdamW keeps no 'tilt' in its groups, which tilt_schedule could change"):
         Trainer(load(tiny, ["--run.name=x"]))
+
+
+def test_samples_are_of_the_phase_that_holds(tiny: Path) -> None:
+    with Trainer(load(tiny, ["--run.name=x", QAT, "--qat.start_fraction=0.1", "--validation=[]", "--train.sample_prompt=a"])) as trainer:
+        trainer.train_step()
+        trainer.train_step()
+        rounding = [module for module in trainer.model.modules() if hasattr(module, "qat")]
+        assert rounding
+        assert not any(module.qat for module in rounding)
+        trainer.sample()
+        assert all(module.qat for module in rounding)
+
+
+def test_winding_back_does_not_give_time_back(tiny: Path) -> None:
+    with Trainer(load(tiny, ["--run.name=x", "--spike.sigmas=3.0"])) as trainer:
+        trainer.meter.start()
+        for _ in range(3):
+            trainer.train_step()
+        trainer.save(wait=True)
+        saved = trainer.progress
+        for _ in range(3):
+            trainer.train_step()
+        lost = trainer.progress.elapsed_s
+        trainer._roll_back(trainer.progress.step)
+        assert trainer.progress.step == saved.step
+        assert trainer.progress.elapsed_s == lost > saved.elapsed_s
+        assert trainer.meter.elapsed_s >= lost
+
+
+def test_every_shape_mode_and_phase_of_differing_blocks_gets_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eighteen graphs of one code object, where torch by itself allows eight."""
+    from titanlm.batch import Batch
+    from titanlm.distributed.compile import compile_module
+    from titanlm.losses.cross_entropy import CrossEntropy, CrossEntropyConfig
+    from titanlm.models.golf import Golf, GolfConfig
+    from titanlm.progress import Phase, enter
+    from titanlm.registry import Component
+    from titanlm.train_module import TrainModule
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = Golf(GolfConfig(n_layers=5, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, exclusive_last=2), vocab_size=32, max_seq_len=8)
+    Component.named("quantizer", "int6", qat=True).build().prepare(model, [name for name, role in model.parameter_roles().items() if role == "matrix"])
+    model.init_weights(0)
+    module = TrainModule(model, CrossEntropy(CrossEntropyConfig()))
+    compile_module(module, "block")
+
+    def loss(seq_len: int) -> torch.Tensor:
+        tokens = torch.arange(seq_len).expand(2, -1) % 32
+        ones = torch.ones_like(tokens)
+        return module(Batch(tokens, ones, torch.arange(seq_len).expand(2, -1), ones, ones, document_mask=False))[0].loss
+
+    for on in (False, True):
+        enter(Phase(8, 2, 1, switches=(("qat", on),)), model)
+        loss(8).backward()
+        with torch.no_grad():
+            assert torch.isfinite(loss(12) + loss(16))

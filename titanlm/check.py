@@ -23,7 +23,7 @@ from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, NamedParam, claim
 from titanlm.progress import Horizon
-from titanlm.registry import Component, did_you_mean
+from titanlm.registry import Component, did_you_mean, lookup
 from titanlm.runs import require_name
 
 
@@ -86,11 +86,13 @@ def _check(config: RunConfig) -> Report:
         report.model = report.attempt("model", lambda: build_model(config, report.tokenizer))
     if report.model is not None:
         _check_model(config, report)
+    run = {"total_steps": train.steps, "horizon": horizon_of(config)}
+    report.attempt("scheduler", partial(config.scheduler.build, **run))
     for index, entry in enumerate(config.optimizer):
         for setting, scheduler in schedules_of(config, entry).items():
-            if setting != "lr" or index == 0:
-                where = "scheduler" if setting == "lr" else f"optimizer.{index}.{setting}_schedule"
-                report.attempt(where, partial(scheduler.build, total_steps=train.steps, horizon=horizon_of(config)))
+            if scheduler is not config.scheduler:
+                report.attempt(f"optimizer.{index}.{setting}_schedule", partial(scheduler.build, **run))
+    report.warnings += clock_warnings(config)
     rounding = any(getattr(quantizer.config, "qat", False) for quantizer in config.quantizer)
     if config.qat.start_fraction and not rounding:
         report.warnings.append("qat.start_fraction: no quantizer has `qat = true`, so no weight is rounded in training")
@@ -120,10 +122,25 @@ def _check(config: RunConfig) -> Report:
 
 
 def schedules_of(config: RunConfig, optimizer: Component) -> dict[str, Component]:
-    """What of an optimizer's groups follows a schedule: ``lr``, and each setting that has a ``_schedule`` beside it."""
+    """What of an optimizer's groups follows a schedule: ``lr``, and each setting that has a scheduler in a ``_schedule`` beside it."""
     ending, settings = "_schedule", vars(optimizer.config)
-    extra = {name.removesuffix(ending): value for name, value in settings.items() if name.endswith(ending) and value is not None}
+    extra = {name.removesuffix(ending): value for name, value in settings.items() if name.endswith(ending) and isinstance(value, Component)}
     return {"lr": config.scheduler, **extra}
+
+
+def clock_warnings(config: RunConfig) -> Iterator[str]:
+    """What will surprise in a run that ends by the clock, or in averages and schedules that never come to act."""
+    train, name = config.train, config.scheduler.name
+    if train.max_wallclock_s is not None:
+        if train.compile != "none" and not train.priming_steps:
+            yield "train.priming_steps: 0, so compiling counts as training and slows the pace that schedules go by; 20 is usual"
+        if "horizon" not in lookup("scheduler", name).runtime and name != "constant":
+            yield f"scheduler: {name!r} goes by train.steps, which train.max_wallclock_s may end before; 'warmdown' goes by both"
+    average = config.averager
+    if average is not None and average.name == "swa":
+        last = train.steps // average.config.every * average.config.every
+        if last < average.config.start_fraction * train.steps:
+            yield f"averager.every: no multiple of {average.config.every} steps lies in what start_fraction leaves of {train.steps}; nothing is averaged"
 
 
 def horizon_of(config: RunConfig) -> Horizon:

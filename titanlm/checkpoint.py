@@ -466,8 +466,8 @@ def _remove(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- optimizers
-CONFIGURED = ("lr", "weight_decay", "eps", "momentum", "peak_lr", "peak_weight_decay", "peak_momentum")
-"""What a group has from the config; where that has been changed on purpose, the new value holds."""
+CONFIGURED = ("lr", "weight_decay", "eps", "momentum")
+"""What a group has from the config, and every peak of what is scheduled; where that has been changed on purpose, the new value holds."""
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Any]:
@@ -497,7 +497,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     }
     groups = optimizer.state_dict()["param_groups"]
     for group, stored in zip(groups, fit(state["groups"]), strict=True):
-        group.update({key: value for key, value in stored.items() if key not in CONFIGURED})
+        group.update({key: value for key, value in stored.items() if key not in CONFIGURED and not key.startswith("peak_")})
     # Through load_state_dict, which puts each value where the optimizer wants it (fused Adam: steps on the device).
     numbered = {index: values[parameter] for index, parameter in enumerate(owned) if parameter in values}
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})

@@ -23,7 +23,7 @@ from titanlm.config import FILE_DATASETS, RunConfig, Validation
 from titanlm.data import batch_of, validation_rows
 from titanlm.datasets.mixture import Source
 from titanlm.distributed.world import Peers, World
-from titanlm.errors import DataError
+from titanlm.errors import DataError, TitanError
 from titanlm.metrics import bits_per_byte, perplexity
 from titanlm.registry import Component
 from titanlm.stream import Stream, streams_of
@@ -191,6 +191,8 @@ def evaluate_target(
 
     opened = open_target(target, overrides=overrides, imports=imports, device=device, averaged=averaged, step=step)
     if compiled:
+        if opened.config.train.compile == "none":
+            raise TitanError("--compile: train.compile of this run is 'none'; say how with --train.compile=block")
         compile_module(opened.module, opened.config.train.compile)
     world, parallel = World.from_environment(), opened.config.parallel
     if opened.device.type == "cuda":

@@ -47,6 +47,12 @@ class Phase:
     def rows_per_rank(self) -> int:
         return self.micro_batch * self.accumulation
 
+    def changes(self, before: Phase) -> str:
+        """What is other than in an earlier phase, for people."""
+        pairs = [({**vars(phase), **dict(phase.switches)}) for phase in (self, before)]
+        now, then = ({name: value for name, value in pair.items() if name != "switches"} for pair in pairs)
+        return ", ".join(f"{name} {value}" for name, value in now.items() if then.get(name) != value)
+
 
 @dataclass(frozen=True)
 class Horizon:

@@ -32,11 +32,19 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=window)
         self._healthy_step: int | None = None
         self._in_a_row = 0
+        self._phase = ""
 
-    def observe(self, step: int, loss: float) -> int | None:
-        """The step of the last healthy point, after which the spike began, when one is found. None also while there was no healthy point yet."""
+    def observe(self, step: int, loss: float, phase: str = "") -> int | None:
+        """The step of the last healthy point, after which the spike began, when one is found. None also while there was no healthy point yet.
+
+        Where ``phase`` is another than before the loss changes for a known
+        reason, and what is healthy has to be learned anew.
+        """
         if not self.sigmas:
             return None
+        if phase != self._phase:
+            self.reset()
+            self._phase = phase
         if not self._is_spike(loss):
             self._losses.append(loss)
             self._healthy_step, self._in_a_row = step, 0
@@ -57,15 +65,15 @@ class SpikeDetector:
         return loss > mean + self.sigmas * max(deviation, FLOOR * max(1.0, abs(mean)))
 
     def reset(self) -> None:
-        """Forget everything: where the loss changes for a known reason, as at the start of a phase."""
+        """Forget everything."""
         self._losses.clear()
         self._healthy_step, self._in_a_row = None, 0
 
     def state(self) -> dict[str, Any]:
         """As JSON; a restored detector judges exactly as this one would."""
-        return {"losses": list(self._losses), "healthy_step": self._healthy_step, "in_a_row": self._in_a_row}
+        return {"losses": list(self._losses), "healthy_step": self._healthy_step, "in_a_row": self._in_a_row, "phase": self._phase}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.reset()
         self._losses.extend(state["losses"])
-        self._healthy_step, self._in_a_row = state["healthy_step"], state["in_a_row"]
+        self._healthy_step, self._in_a_row, self._phase = state["healthy_step"], state["in_a_row"], state["phase"]

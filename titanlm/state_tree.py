@@ -211,7 +211,7 @@ def copied(tree: Any) -> Any:
         return tree.detach().clone()
     if isinstance(tree, dict):
         return {key: copied(value) for key, value in tree.items()}
-    return [copied(value) for value in tree] if isinstance(tree, list) else tree
+    return [copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def join(tree: Any, path: str, boxes: Mapping[str, Sequence[Box]], files: TensorFiles) -> Any:

@@ -157,6 +157,7 @@ class Trainer:
         self.tokenizer = report.tokenizer
         self.horizon = horizon_of(config)
         self.phases = phases_of(config, self.world, self.horizon)
+        self.phase: Phase | None = None  # none entered yet
         data = config.data
         streams = streams_of(config, self.tokenizer, seq_len=self.phases.max_seq_len)
         self.fingerprints = {"tokenizer": self.tokenizer.fingerprint, "dataset": streams[0].fingerprint}
@@ -264,7 +265,7 @@ class Trainer:
     # ------------------------------------------------------------ the step
     def train_step(self) -> None:
         """One optimizer step. Raises Interrupted between micro-batches; ``_abandon`` then undoes what was begun."""
-        phase = self._enter(self.phases.at(self.progress))
+        phase = self._enter()
         data = self.peers.agree(lambda: self.loader.next(phase)).over(self.peers)
         totals = torch.zeros(1 + self.loader.n_sources, device=self.device)  # the loss, and the nll of each source
         for index, batch in enumerate(data.micro_batches, start=1):
@@ -293,8 +294,14 @@ class Trainer:
             averager.update(self.progress)
         self._complete()
 
-    def _enter(self, phase: Phase) -> Phase:
-        enter(phase, self.model)
+    def _enter(self) -> Phase:
+        """The phase of the next step, its switches set. A change is told: what the clock decides could be known in no other way."""
+        phase = self.phases.at(self.progress)
+        if phase != self.phase:
+            enter(phase, self.model)
+            if self.phase is not None:
+                self.loggers.message(f"from step {self.progress.step + 1} on: {phase.changes(self.phase)}")
+            self.phase = phase
         return phase
 
     def _complete(self) -> None:
@@ -405,21 +412,24 @@ class Trainer:
         """Run every phase still to come for a few steps, so that it is compiled before the clock starts, and put everything back."""
         if not self.config.train.priming_steps:
             return
-        started, phases = time.perf_counter(), self.phases
-        kept = Saved(self.checkpoints, self.progress.step, copied(self._whole_state()), [copied(self._whole_own_state())] * self.world.size, "")
-        saved_step = self.saved_step
+        started, phases, saved_step = time.perf_counter(), self.phases, self.saved_step
+        state, own = copied(self._whole_state()), copied(self._whole_own_state())
+        kept = Saved(self.checkpoints, self.progress.step, state, [own] * self.world.size, "")
         try:
             for phase in phases.after(self.progress):
-                self.phases = Phases([(0, phase)])
+                self.phases, self.phase = Phases([(0, phase)]), None
                 for _ in range(self.config.train.priming_steps):
-                    self.train_step()
-        except DataEnded:
-            pass  # so little data compiles all the same
+                    self.progress = Progress(**state["progress"])  # schedules know nothing behind the end of a run
+                    try:
+                        self.train_step()
+                    except DataEnded:  # so little data compiles all the same
+                        self.loader.restore(own["data"])
         finally:
             self.phases = phases
             self._abandon()
+            self.guard.restore(state["guard"])
             self._take_up(kept)
-            self.loader.restore(kept.ranks[0]["data"])
+            self.loader.restore(own["data"])
             self.saved_step = saved_step
             self._complete()
             self.meter.forget()
@@ -509,7 +519,7 @@ class Trainer:
             self.unreadable = totals["unreadable"]
             where = f"`titanlm data state {self.folder.path}` names the first of them after the next checkpoint"
             self.loggers.message(f"WARNING: {self.unreadable:,} rows of the data could not be read and were passed over so far; {where}")
-        began = self.spikes.observe(self.progress.step, loss)
+        began = self.spikes.observe(self.progress.step, loss, repr(self.phase))
         if began is not None:
             self._roll_back(began)
         return began is not None
@@ -525,7 +535,7 @@ class Trainer:
         """Score sets with the raw weights and, where there is an averager, the averaged ones."""
         self._check_finite()
         metrics: dict[str, float] = {}
-        self._enter(self.phases.at(self.progress))  # weights are rounded here where the next step rounds them, whether the run was resumed or not
+        self._enter()  # weights are rounded here where the next step rounds them, whether the run was resumed or not
         with self.meter.pause():
             for entry in sets:
                 try:
@@ -570,6 +580,7 @@ class Trainer:
         from titanlm.generate import continue_text
 
         self._check_finite()
+        self._enter()
         prompt, pieces, poll = self.config.train.sample_prompt, [], self._poll("sample")
         with self.meter.pause(), self.strategy.gathered():
             for piece in continue_text(self.model, self.tokenizer, prompt, max_tokens=128, temperature=0.8, seed=self.config.train.seed):
@@ -675,7 +686,7 @@ class Trainer:
         self.guard.restore(rest["guard"])
         self.spikes.restore(rest["spikes"])
         self.source_tokens = np.array(saved.state["source_tokens"])
-        self.rollbacks = saved.state["rollbacks"]
+        self.rollbacks, self.phase = saved.state["rollbacks"], None
         self.saved_step = self.progress.step
         if len(saved.ranks) == self.world.size:
             randomness.restore(saved.ranks[self.world.rank]["rng"])
@@ -704,9 +715,11 @@ class Trainer:
         if folder is None or self.rollbacks >= limit:
             why = f"no checkpoint of step {began} or before" if folder is None else f"{limit} rollbacks have not helped (spike.max_rollbacks)"
             raise TitanError(f"step {here}: the loss has jumped since step {began}, and {why}; lower the learning rate, raise warm-up or look at the data")
-        count = self.rollbacks + 1
+        count, elapsed_s = self.rollbacks + 1, self.progress.elapsed_s
         self._take_up(checkpoint.opened(folder, self.peers))
         self.rollbacks = count
+        self.progress = replace(self.progress, elapsed_s=elapsed_s)  # time that was lost is gone
+        self.meter.elapsed_s = elapsed_s
         self.peers.first(lambda: wind_back(self.checkpoints, self.progress.step, self.copies))
         self._complete()
         self._forget_later()

@@ -79,5 +79,10 @@ def test_eval_shares_out_the_batches(tiny: Path, zygote: Any) -> None:
     )
     assert shared.returncode == 0, shared.stderr
     a, b = json.loads(alone.stdout)["validation"]["validation"], json.loads(shared.stdout)["validation"]["validation"]
+    compiled = subprocess.run([sys.executable, *command, "--compile", "--train.compile=block"], capture_output=True, text=True, timeout=300, check=True)
+    assert json.loads(compiled.stdout)["validation"]["validation"]["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    refused = subprocess.run([sys.executable, *command, "--compile"], capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2
+    assert "say how with --train.compile=block" in refused.stderr
     assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
     assert (b["tokens"], b["bytes"]) == (a["tokens"], a["bytes"])

@@ -9,6 +9,9 @@ import torch
 
 from titanlm.environment import c_compiler, cxx_compiler
 
+MAX_GRAPHS = 64
+"""Of one piece of code; more would be a mistake, such as rows of ever new lengths."""
+
 
 def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Literal["none", "block", "model"]:
     """Compile a train module's model as a whole or block by block; returns what was done.
@@ -25,6 +28,9 @@ def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Lite
         wanted = "C++ compiler and none was found (c++, g++, clang++ or $CXX)" if on_cpu else "C compiler and none was found (cc, gcc, clang or $CC)"
         print(f"WARNING: train.compile = {mode!r} needs a {wanted}: training runs uncompiled", file=sys.stderr)
         return "none"
+    # All blocks share one code object, and each kind of block, shape, gradient mode and phase is a graph of its own. Past
+    # torch's limit of 8 a block fails and a whole model silently runs uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     if mode == "model":
         module.model.compile(dynamic=False)
         module.training_graph_only = True
