@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from titanlm.errors import ConfigError, TitanError
 from titanlm.recipe import found, listing, load, open_recipe
 from titanlm.recipe_plan import HOST_DEVICES, Layout, peak_of, plan, planned_model
 from titanlm.runs import Lock
+from titanlm.supervisor import run_child
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(ROOT.glob("recipes/*/recipe.toml"))
@@ -403,12 +405,12 @@ class Child:
 
     def __init__(self) -> None:
         self.ran: list[str] = []
-        self.ends: dict[str, tuple[int, bool]] = {}
+        self.ends: dict[str, tuple[int, int]] = {}
 
-    def __call__(self, command: list[str], received: list[int]) -> tuple[int, bool]:
+    def __call__(self, command: list[str], received: list[int], instead: dict[int, int]) -> tuple[int, int]:
         verb = command[command.index("titanlm") + 1]
         self.ran.append(verb)
-        status, interrupted = self.ends.pop(verb, (0, False))
+        status, interrupted = self.ends.pop(verb, (0, 0))
         if not status:
             {"tokenizer": lambda: Path("out/spm.model").touch(), "train": lambda: Path("out/run").mkdir(exist_ok=True)}.get(verb, lambda: None)()
         return status, interrupted
@@ -452,22 +454,44 @@ def test_only_what_is_not_finished_runs(child: Child, two: Path, capsys: pytest.
     assert (stages["data"]["config"], len(stages["train"]["config"])) == ("", 64)
 
 
-@pytest.mark.parametrize(("status", "interrupted"), [(1, False), (2, False), (130, True), (143, True)])
-def test_a_stage_that_does_not_end_well_ends_the_run(child: Child, status: int, interrupted: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("status", "interrupted"), [(1, 0), (2, 0), (130, 2), (143, 15)])
+def test_a_stage_that_does_not_end_well_ends_the_run(child: Child, status: int, interrupted: int, capsys: pytest.CaptureFixture[str]) -> None:
     again(child)
     child.ends["train"] = (status, interrupted)
     assert cli.main(["recipe", "run", "two", "--output", "out", "--from", "train"]) == status
     assert list(json.loads(Path("out/recipe.json").read_text(encoding="utf-8"))["stages"]) == ["data"]
     said = capsys.readouterr().out
     assert f"[2/3] train: {'interrupted' if interrupted else f'failed with status {status}'} after" in said
-    assert ("out/run is of an earlier run; move it away to begin it anew" in said) is not interrupted
+    assert ("out/run is of an earlier run; move it away to begin it anew" in said) is not bool(interrupted)
+    assert ("the same command goes on here" in said) is bool(interrupted)
     assert again(child) == ["train", "eval"]
 
 
 def test_a_signal_that_a_stage_did_not_heed_ends_the_run_after_it(child: Child) -> None:
-    child.ends["tokenizer"] = (0, True)
-    assert cli.main(["recipe", "run", "two", "--output", "out"]) == 130
+    child.ends["tokenizer"] = (0, signal.SIGTERM)
+    assert cli.main(["recipe", "run", "two", "--output", "out"]) == 143
     assert again(child) == ["train", "eval"]
+
+
+def test_processes_that_cannot_share_the_work_are_refused_before_anything_runs(child: Child, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe", "run", "two", "--output", "out", "--nproc", "3"]) == 2
+    assert "parallel.strategy: 'none' trains with one process and there are 3" in capsys.readouterr().err
+    assert child.ran == []
+
+
+@pytest.mark.parametrize("word", ["--run.name=y", "--run.dir=elsewhere"])
+def test_stages_write_where_the_recipe_says(child: Child, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe", "run", "two", "--output", "out", word]) == 2
+    assert "--output DIR moves all of them" in capsys.readouterr().err
+
+
+def test_a_signal_that_torchrun_does_not_hand_on_is_another_for_it() -> None:
+    """A child that ends with the number of the signal it got."""
+    script = "import signal, sys, time\nfor n in (10, 15): signal.signal(n, lambda number, frame: sys.exit(number))\nprint(1, flush=True)\ntime.sleep(60)"
+    for instead, status in (({}, signal.SIGUSR1), ({signal.SIGUSR1: signal.SIGTERM}, signal.SIGTERM)):
+        received: list[int] = []
+        threading.Timer(1.0, received.append, [signal.SIGUSR1]).start()
+        assert run_child([sys.executable, "-c", script], received, instead) == (status, signal.SIGUSR1)
 
 
 def test_an_output_that_a_stage_does_not_make(child: Child, two: Path, capsys: pytest.CaptureFixture[str]) -> None:

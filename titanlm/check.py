@@ -96,6 +96,8 @@ def _check(config: RunConfig) -> Report:
     rounding = any(getattr(quantizer.config, "qat", False) for quantizer in config.quantizer)
     if config.qat.start_fraction and not rounding:
         report.warnings.append("qat.start_fraction: no quantizer has `qat = true`, so no weight is rounded in training")
+    if rounding and config.adapter is not None:
+        report.problems.append("adapter: training would round the weights without it, and export those with it merged in; leave out one of adapter and qat")
     if rounding and config.parallel.gather_dtype == "compute" and train.precision == "bf16":
         report.problems.append("parallel.gather_dtype: 'compute' gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'")
     report.attempt("loss", lambda: config.loss.build())
@@ -187,6 +189,9 @@ def _check_data(config: RunConfig, report: Report) -> None:
     for index, one in enumerate(config.sources):
         if one.dataset.name == "token_spans" and data.document_mask:
             report.problems.append("data.document_mask: dataset 'token_spans' does not tell documents apart; set it to false")
+        if one.dataset.name == "token_spans" and config.packer.name == "none" and (rest := one.dataset.config.span_tokens % train.seq_len):
+            padded = (train.seq_len - rest) / (one.dataset.config.span_tokens + train.seq_len - rest)
+            report.warnings.append(f"dataset.span_tokens: no multiple of train.seq_len = {train.seq_len}, so {padded:.0%} of all positions are padding")
         report.attempt(f"data.source.{index}.dataset" if data.source else "dataset", partial(source, one, one.name or "train"))
     for index, entry in enumerate(config.validation):
         own = f"validation.{index}" if entry.dataset is None else f"validation.{index}.dataset"

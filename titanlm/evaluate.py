@@ -194,6 +194,7 @@ def evaluate_target(
         if opened.config.train.compile == "none":
             raise TitanError("--compile: train.compile of this run is 'none'; say how with --train.compile=block")
         compile_module(opened.module, opened.config.train.compile)
+        opened.module.requires_grad_(False)  # or a whole model, compiled with gradients in mind, keeps what a backward pass would need
     world, parallel = World.from_environment(), opened.config.parallel
     if opened.device.type == "cuda":
         torch.cuda.set_device(opened.device)
@@ -201,6 +202,10 @@ def evaluate_target(
     differences: dict[str, str] = {}
     alone = nullcontext() if world.size == 1 else connected(world, opened.device, timeout_s=parallel.timeout_s, init_timeout_s=parallel.init_timeout_s)
     with alone:
+        if len(different := sorted(set(Peers(world).gather(f"{opened.source} ({opened.weights} weights)")))) > 1:
+            raise TitanError(
+                f"{target}: processes opened different weights, {' and '.join(different)}, as happens while a run is training; name one with --step"
+            )
         for entry in opened.config.validation:
             scores = _scored(opened, ValidationSet.build(entry, opened.config, opened.tokenizer), Peers(world))
             results[entry.name] = {

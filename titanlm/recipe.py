@@ -138,6 +138,8 @@ class Recipe:
             raise ConfigError(problems, str(self.path))
         if overrides and not any(stage.trains for stage in stages):
             raise TitanError(f"{overrides[0]}: overrides change train stages, and {self.path} has none at scale {scale}")
+        if moved := next((word for word in overrides if word.startswith(("--run.name=", "--run.dir="))), None):
+            raise TitanError(f"{moved}: where a stage writes is the recipe's to say, since later ones read it there; --output DIR moves all of them")
         return ScaledRecipe(self, scale, out, stages)
 
 
@@ -319,7 +321,7 @@ def _stages(entries: Sequence[_Entry], scale: str, out: Path, overrides: Sequenc
             problem((*at, "run"), f"titanlm {' '.join(takewhile(str.isalpha, entry.run))}: {arguments}")
             continue
         files = [value for name in ("file", "config") if isinstance(value := getattr(arguments, name, None), Path)]
-        yield Stage(entry.name, words, output, files[0] if files else None, tuple(arguments.overrides))
+        yield Stage(entry.name, words, output, files[0] if files else entry.config.get(scale), tuple(arguments.overrides))
 
 
 def _why_not(name: str, values: Mapping[str, str], entries: Sequence[_Entry], later: Sequence[_Entry], scale: str) -> str:

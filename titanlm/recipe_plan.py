@@ -233,7 +233,8 @@ def _training(config: RunConfig, world: World, device_name: str | None, peak: fl
         if parts:
             text = " + ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
             yield place, f"{sum(parts.values()) / GIB:.3f} GiB a device, computed: {text}"
-    yield "", "activations and buffers come on top and are not counted"
+    primed = " and, while priming, one more copy of weights, moments and average" if config.train.priming_steps else ""
+    yield "", f"activations, buffers{primed} come on top and are not counted"
     if world.size > 1:
         traffic = layout.traffic()
         named = {"gathering parameters": traffic.gathers, "scattering gradients": traffic.scatters, "adding up gradients": traffic.reduces}

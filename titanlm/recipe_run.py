@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from titanlm.config import to_tables
-from titanlm.errors import TitanError
+from titanlm.distributed.world import World
+from titanlm.errors import ConfigError, TitanError
 from titanlm.loggers.text import printable
 from titanlm.recipe import ScaledRecipe, Stage
 from titanlm.registry import did_you_mean
@@ -129,11 +131,22 @@ def run(scaled: ScaledRecipe, *, again_from: str | None = None, n_processes: int
     """
     configs = digests(scaled)
     list(reasons(scaled, Manifest(scaled), configs, again_from))  # what is wrong is said before a folder is made
+    _require_ranks(scaled, n_processes)
     lock = _locked(scaled.out)
     try:
         return _run(scaled, configs, again_from, n_processes)
     finally:
         lock.release()
+
+
+def _require_ranks(scaled: ScaledRecipe, n_processes: int) -> None:
+    """Raises ConfigError when a stage that comes after a long download could not train with so many processes."""
+    from titanlm.check import parallel_problems  # brings torch
+
+    loaded, world = scaled.configs(), World(0, n_processes, 0, n_processes)
+    trained = [loaded[stage.name] for stage in scaled.stages if stage.trains and stage.name in loaded]
+    if problems := [problem for config in trained for problem in parallel_problems(config, world)]:
+        raise ConfigError(problems, f"{scaled.recipe.path} --nproc {n_processes}")
 
 
 def _locked(out: Path) -> Lock:
@@ -160,27 +173,31 @@ def _run(scaled: ScaledRecipe, configs: dict[str, str], again_from: str | None, 
             manifest.forget([later.name for later, _ in stages[index:]])
             _say(f"{here}: {stage.command}")
             start = time.monotonic()
-            status, interrupted = run_child(_process(stage, n_processes), received)
+            command, instead = _process(stage, n_processes)
+            status, interrupted = run_child(command, received, instead)
             seconds = time.monotonic() - start
             if status:
+                goes_on = "; the same command goes on here" if interrupted else ""
                 again = f"\n  {stage.output} is of an earlier run; move it away to begin it anew" if there_before and not interrupted else ""
-                _say(f"{here}: {'interrupted' if interrupted else f'failed with status {status}'} after {_time(seconds)}; the same command goes on here{again}")
+                _say(f"{here}: {'interrupted' if interrupted else f'failed with status {status}'} after {_time(seconds)}{goes_on}{again}")
                 return status
             if stage.output and not Path(stage.output).exists():
                 raise TitanError(f"{scaled.recipe.path}: stage {stage.name!r} ended well, but its output {stage.output} is not there; does `run` write it?")
             manifest.finish(stage, configs[stage.name], seconds)
             _say(f"{here}: done in {_time(seconds)}")
-            if interrupted or received:  # it came too late for the stage
-                return 128 + received[0] if received else 130
+            if late := interrupted or next(iter(received), 0):  # it came too late for the stage
+                return 128 + late
     _say(f"{scaled.recipe.name} {scaled.scale}: done in {_time(time.monotonic() - began)}; {scaled.out / MANIFEST} says what there is")
     return 0
 
 
-def _process(stage: Stage, n_processes: int) -> list[str]:
+def _process(stage: Stage, n_processes: int) -> tuple[list[str], dict[int, int]]:
+    """The command, and what it gets in place of signals that it would not hand on."""
     if stage.trains and n_processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}", "-m", "titanlm.train"]
-        return [sys.executable, "-m", *launcher, *stage.words[1:]]
-    return [sys.executable, "-m", "titanlm", *stage.words]
+        # At SIGUSR1 torchrun ends without a word to its ranks.
+        return [sys.executable, "-m", *launcher, *stage.words[1:]], {signal.SIGUSR1: signal.SIGTERM}
+    return [sys.executable, "-m", "titanlm", *stage.words], {}
 
 
 def _time(seconds: float) -> str:

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -85,21 +85,21 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run_child(command: Sequence[str], received: list[int]) -> tuple[int, bool]:
-    """(exit status, whether a signal was passed on) of one child."""
+def run_child(command: Sequence[str], received: list[int], instead: Mapping[int, int] | None = None) -> tuple[int, int]:
+    """(exit status, the last signal that was passed on or 0) of one child; ``instead`` says what a child gets for a signal that it would not understand."""
     # A session of its own: Ctrl-C reaches a terminal's whole process group, and the trainer takes a second signal as "leave at once".
     child = subprocess.Popen(command, start_new_session=True)
-    interrupted = False
+    passed_on = 0
 
     def ended() -> bool:
-        nonlocal interrupted
+        nonlocal passed_on
         while received:
-            interrupted = True
-            child.send_signal(received.pop(0))
+            passed_on = received.pop(0)
+            child.send_signal((instead or {}).get(passed_on, passed_on))
         return child.poll() is not None
 
     _wait(float("inf"), ended)
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode, interrupted
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode, passed_on
 
 
 def _wait(seconds: float, done: Callable[[], bool]) -> None:
