@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,3 +188,45 @@ def test_d14_a_validation_file_that_is_trained_on_is_refused(tiny: Path) -> None
         found = check(load(tiny, [validation, f"--dataset.paths=[{text}]", '--dataset.errors="replace"'])).problems
         assert [problem for problem in found if problem.startswith("validation.0.file: ") and "is training data too" in problem]
     assert not check(load(tiny, [f'--validation=[{{file="{other}"}}]'])).problems
+
+
+def test_spans_that_rows_do_not_fill_and_documents_that_they_hide_are_told(tiny: Path) -> None:
+    from titanlm.datasets.shard_file import ShardWriter, dtype_for
+
+    for split in ("train", "val"):
+        with ShardWriter(tiny.parent / f"a_{split}_000000.bin", dtype_for(257)) as writer:
+            writer.write(np.arange(4000, dtype=np.uint16) % 250)
+            writer.close()
+    shards = f'--dataset={{name="token_spans",span_tokens=100,paths=["{tiny.parent}/a_train_*.bin"],validation_paths=["{tiny.parent}/a_val_*.bin"]}}'
+    overrides = [shards, "--tokenizer=byte", "--packer=none", '--validation=[{packer="concat",max_tokens=96}]']
+    report = check(load(tiny, overrides))
+    assert [problem for problem in report.problems if "document_mask" in problem] == [
+        "data.document_mask: dataset 'token_spans' does not tell documents apart; set it to false"
+    ]
+    assert [warning for warning in report.warnings if "span_tokens" in warning] == [
+        "dataset.span_tokens: no multiple of train.seq_len = 48, so 31% of all positions are padding"
+    ]
+    report = check(load(tiny, [*overrides, "--data.document_mask=false", "--dataset.span_tokens=96"]))
+    assert not [line for line in (*report.problems, *report.warnings) if "span_tokens" in line or "document_mask" in line]
+
+
+def test_rounding_in_training_and_what_it_does_not_go_with(tiny: Path) -> None:
+    rounding = '--quantizer=[{name="int6",qat=true}]'
+    bf16 = check(load(tiny, [rounding, "--train.precision=bf16", "--parallel.gather_dtype=compute"]))
+    assert [problem.partition(":")[0] for problem in bf16.problems] == ["parallel.gather_dtype"]
+    assert not check(load(tiny, [rounding, "--parallel.gather_dtype=compute"])).problems
+
+
+def test_fsdp2_needs_parameters_of_one_dtype(tiny: Path) -> None:
+    golf = '--model={name="golf",n_layers=2,d_model=32,n_heads=2,n_kv_heads=1,d_ff=32,embedding_dtype="bfloat16"}'
+    problems = check(load(tiny, [golf, "--parallel.strategy=fsdp2"])).problems
+    assert len(problems) == 1
+    assert "has bfloat16, float32" in problems[0]
+    assert not check(load(tiny, [golf, "--parallel.strategy=replicate"])).problems
+
+
+def test_muon_on_what_is_no_matrix_is_a_mistake_of_the_config(tiny: Path) -> None:
+    problems = check(load(tiny, ['--optimizer=[{name="muon",params=["*"]}]'])).problems
+    assert len(problems) == 1
+    assert problems[0].startswith("optimizer.0.params: ")
+    assert "takes matrices only" in problems[0]
