@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from titanlm import checkpoint
+from titanlm.clipping import clip_gradients
 from titanlm.config import load
+from titanlm.device import choose_device
 from titanlm.errors import CheckpointError, ConfigError, NonFiniteError, TitanError
 from titanlm.interrupts import Interrupted
 from titanlm.progress import Phases
 from titanlm.resume import RESUMABLE
-from titanlm.train import Trainer, choose_device, clip_gradients
+from titanlm.train import Trainer
 
 
 def run(config_path: Path, *overrides: str) -> Trainer:

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from titanlm import checkpoint
-from titanlm.check import check, horizon_of, schedules_of
+from titanlm.check import check
 from titanlm.config import load
+from titanlm.course import horizon_of, phases_of, schedules_of
 from titanlm.distributed.world import World
 from titanlm.errors import TitanError
 from titanlm.interrupts import Interrupted
 from titanlm.progress import Progress
 from titanlm.targets import open_target
-from titanlm.train import Trainer, phases_of
+from titanlm.train import Trainer
 
 MUON = '--optimizer=[{name="muon",lr=0.02,momentum=0.95,momentum_schedule={name="ramp",start_factor=0.9,steps=10}},{name="adamw",params=["*"],lr=1e-2}]'
 QAT = '--quantizer=[{name="int6",qat=true}]'

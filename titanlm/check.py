@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from titanlm.config import RunConfig, Validation
+from titanlm.course import horizon_of, schedules_of
 from titanlm.datasets.files import OfflineError, offline
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, NamedParam, claim
-from titanlm.progress import Horizon
-from titanlm.registry import Component, did_you_mean, lookup
+from titanlm.registry import did_you_mean, lookup
 from titanlm.runs import require_name
 
 
@@ -123,13 +123,6 @@ def _check(config: RunConfig) -> Report:
     return report
 
 
-def schedules_of(config: RunConfig, optimizer: Component) -> dict[str, Component]:
-    """What of an optimizer's groups follows a schedule: ``lr``, and each setting that has a scheduler in a ``_schedule`` beside it."""
-    ending, settings = "_schedule", vars(optimizer.config)
-    extra = {name.removesuffix(ending): value for name, value in settings.items() if name.endswith(ending) and isinstance(value, Component)}
-    return {"lr": config.scheduler, **extra}
-
-
 def clock_warnings(config: RunConfig) -> Iterator[str]:
     """What will surprise in a run that ends by the clock, or in averages and schedules that never come to act."""
     train, name = config.train, config.scheduler.name
@@ -143,10 +136,6 @@ def clock_warnings(config: RunConfig) -> Iterator[str]:
         last = train.steps // average.config.every * average.config.every
         if last < average.config.start_fraction * train.steps:
             yield f"averager.every: no multiple of {average.config.every} steps lies in what start_fraction leaves of {train.steps}; nothing is averaged"
-
-
-def horizon_of(config: RunConfig) -> Horizon:
-    return Horizon(config.train.steps, config.train.max_wallclock_s)
 
 
 def validation_metrics(config: RunConfig) -> list[str]:

@@ -11,9 +11,11 @@ import torch
 
 from titanlm import checkpoint
 from titanlm.best import Best
-from titanlm.check import Report, build_model, horizon_of
+from titanlm.check import Report, build_model
 from titanlm.config import RunConfig, loads
 from titanlm.config_sources import import_modules
+from titanlm.course import horizon_of, phases_of
+from titanlm.device import choose_device
 from titanlm.distributed.world import World
 from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.progress import Progress, enter
@@ -110,8 +112,6 @@ def open_target(
     Raises TitanError when it is none of them, is damaged, or was made with
     another tokenizer than the one found now.
     """
-    from titanlm.train import choose_device, phases_of
-
     import_outside(imports)
     chosen = choose_device(device, World.from_environment().local_rank)
     if path.is_file():

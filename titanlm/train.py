@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,50 +27,47 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titanlm import checkpoint, randomness
 from titanlm.best import Best
-from titanlm.check import Report, build_model, check, checkpoint_bytes, horizon_of, optimizer_claims, roles_of, schedules_of
+from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
 from titanlm.checkpoint import Saved
 from titanlm.checkpoint_copy import RemoteCopies
+from titanlm.clipping import clip_gradients
 from titanlm.config import RunConfig, dump
+from titanlm.course import horizon_of, phases_of, schedules_of
 from titanlm.data import DataEnded, Loader, StepData, merge_states
 from titanlm.data_state import start_state
+from titanlm.device import choose_device
 from titanlm.distributed import activation_checkpointing
 from titanlm.distributed.compile import compile_module
 from titanlm.distributed.process_group import connected
-from titanlm.distributed.slices import whole
 from titanlm.distributed.strategy import build_strategy
 from titanlm.distributed.watchdog import Watchdog
 from titanlm.distributed.world import Peers, World
-from titanlm.environment import requirements
 from titanlm.errors import CheckpointError, ConfigError, DataError, PeerError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, pad_id, score
+from titanlm.failures import is_lost_connection, is_out_of_memory, out_of_memory
 from titanlm.guard import FiniteGuard
 from titanlm.interrupts import Interrupted, Interrupts
 from titanlm.interval import Interval
 from titanlm.loggers.group import LoggerGroup
 from titanlm.loggers.text import printable
-from titanlm.metrics import GIB, StepMeter, bits_per_byte, peak_flops
+from titanlm.metrics import StepMeter, bits_per_byte, peak_flops
 from titanlm.patterns import NamedParam
 from titanlm.precision import DTYPES, set_precision
 from titanlm.profiling import ProfileWindow
-from titanlm.progress import Horizon, Phase, Phases, Progress, enter
+from titanlm.progress import Phase, Phases, Progress, enter
 from titanlm.resume import WEIGHTS, find_earlier
-from titanlm.runs import RunFolder, write_atomic
+from titanlm.run_start import load_initial, open_folder, preflight, prepare_checkpoints, require_same_data, room_for_checkpoints, wind_back
+from titanlm.runs import write_atomic
 from titanlm.saver import Saver
 from titanlm.spikes import SpikeDetector
 from titanlm.state_tree import copied
 from titanlm.stream import streams_of
-from titanlm.tokenizers.fingerprint import difference
 from titanlm.train_module import TrainModule
 from titanlm.weights import initialise, load_weights, unique_names
 
-CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
-"""What torch says where no CUDA allocator is asked."""
-LOST_CONNECTION = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-"""What torch says where the other end of a collective is gone."""
 ECHO_S = 3.0
 """A launcher hands on the signal that a terminal gave to every process already; so soon a second one is that."""
 SAVE_BOUND_S = 20.0
@@ -80,19 +76,6 @@ SKIPPED = "skipped_steps.jsonl"
 """Steps that were passed over because they were not finite, and their documents."""
 SCORED = "scored.json"
 """Step → the validation sets that were scored at it."""
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The rank's device. Raises TitanError when CUDA is asked for and absent, or has fewer GPUs than the host has ranks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise TitanError("no CUDA device is available here; use 'cpu' or 'auto' (`titanlm env` says what there is)")
-    if local_rank >= torch.cuda.device_count():
-        raise TitanError(f"local rank {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; lower --nproc-per-node")
-    return torch.device("cuda", local_rank)
 
 
 class Trainer:
@@ -740,24 +723,6 @@ class Trainer:
         self._opened.__exit__(*error)
 
 
-def open_folder(config: RunConfig, peers: Peers) -> RunFolder:
-    """The run's folder, locked by rank 0. Raises TitanError on every rank when a rank cannot use it."""
-    path = Path(config.run.dir) / config.run.name
-    folder = peers.first(lambda: RunFolder.open(Path(config.run.dir), config.run.name))
-
-    def seen() -> RunFolder:
-        if not path.is_dir():
-            raise TitanError(f"run.dir: rank 0 made {path}, but rank {peers.rank} does not see it; all hosts of a run need one shared file system")
-        return RunFolder(path)
-
-    try:
-        return peers.agree(lambda: folder or seen())
-    except BaseException:
-        if folder is not None:
-            folder.close()
-        raise
-
-
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Raises TitanError when the file cannot be written."""
     try:
@@ -774,113 +739,6 @@ def read_scored(path: Path) -> dict[str, list[str]]:
         return {str(int(step)): list(map(str, names)) for step, names in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def prepare_checkpoints(root: Path, copies: RemoteCopies | None) -> None:
-    """Clear away what a kill left behind, and fetch the newest copy where it is newer than what is here."""
-    checkpoint.sweep(root)
-    if copies is None:
-        return
-    here = checkpoint.latest(root)
-    step = -1 if here is None else int(here.name.removeprefix("step-"))
-    newest = copies.newest(than_step=step)
-    if newest is not None:
-        copies.fetch(newest, root, than_step=step)
-
-
-def wind_back(root: Path, step: int, copies: RemoteCopies | None) -> None:
-    """What was saved after this step counts no more."""
-    checkpoint.set_aside(root, step)
-    if copies is not None:
-        copies.wind_back(step)
-
-
-def room_for_checkpoints(config: RunConfig, model: Any, root: Path) -> list[str]:
-    """A warning now rather than a full disk at hour nine."""
-    needed = (config.checkpoint.keep_last + 1) * checkpoint_bytes(config, model)
-    free = shutil.disk_usage(root).free
-    if free >= needed:
-        return []
-    kept = f"checkpoint.keep_last = {config.checkpoint.keep_last} and one being written take about {needed / GIB:.1f} GiB"
-    return [f"WARNING: {root}: {free / GIB:.1f} GiB are free, and {kept}"]
-
-
-def load_initial(config: RunConfig, model: Any, tokenizer: Any, peers: Peers) -> list[str]:
-    """Weights of another run, checkpoint or artifact into a fresh model; what is to be told of them."""
-    from titanlm.initial_load import initial_weights
-
-    settings = config.checkpoint.initial_load
-    assert settings is not None
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    # Gathered now, if at all: a rank that cannot read the source must not leave the others in the middle of it.
-    fresh = {name: whole(tensor) for name, tensor in tensors.items()} if settings.skip or settings.grow == "init" else {}
-    weights, notes = peers.agree(lambda: initial_weights(settings, model, tokenizer=tokenizer.fingerprint, fresh=fresh.__getitem__))
-    load_weights(model, weights, settings.path)
-    return notes
-
-
-def require_same_data(now: dict[str, str], saved: dict[str, str], folder: Path) -> None:
-    """Raise CheckpointError with the difference when a resumed run would read other data, or the same as other tokens."""
-    changed = [what for what, value in now.items() if saved.get(what) != value]
-    if changed:
-        details = difference(saved["tokenizer"], now["tokenizer"]) if "tokenizer" in changed else []
-        lines = "".join(f"\n  {line}" for line in details)
-        raise CheckpointError(f"{folder}: the {' and the '.join(changed)} changed since it was saved; a resumed run would read other data{lines}")
-
-
-def preflight(config: RunConfig) -> Report:
-    """Check a config; print warnings, raise ConfigError with every problem."""
-    report = check(config, network=True)
-    problems = report.problems + requirements(config)
-    if problems:
-        raise ConfigError(problems, config.run.name or "config")
-    if World.from_environment().local_rank == 0:
-        for warning in report.warnings:
-            print(printable(f"WARNING: {warning}"), file=sys.stderr)
-    return report
-
-
-def phases_of(config: RunConfig, world: World, horizon: Horizon) -> Phases:
-    """The shapes and switches of a run's steps, in order."""
-    train = config.train
-    first = Phase(train.seq_len, train.micro_batch, train.global_batch // (train.micro_batch * world.size), clip=train.clip or None)
-    if not any(getattr(quantizer.config, "qat", False) for quantizer in config.quantizer):
-        return Phases([(0, first)], horizon)
-    rounding, start = replace(first, switches=(("qat", True),)), config.qat.start_fraction
-    if not start:
-        return Phases([(0, rounding)], horizon)
-    return Phases([(0, replace(first, switches=(("qat", False),))), (start, rounding)], horizon)
-
-
-def clip_gradients(parameters: list[Any], largest: float | None) -> Tensor:
-    """The gradients' norm over all ranks before clipping, 0-d on the device; nothing waits for it."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if largest is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in CPU_OUT_OF_MEMORY)
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone or does not answer."""
-    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST_CONNECTION)
-
-
-def out_of_memory(config: RunConfig, error: BaseException) -> str:
-    """What to change, from the cheapest remedy on."""
-    train = config.train
-    return (
-        f"out of memory: {str(error).splitlines()[0]}\n"
-        f"  train.micro_batch = {train.micro_batch}: halve it; train.global_batch stays and accumulation doubles\n"
-        f"  train.activation_checkpointing = {train.activation_checkpointing!r}: 'selective' or 'full' recompute instead of keeping\n"
-        f"  loss.chunk_tokens = {config.loss.config.chunk_tokens}: fewer positions of logits at once (0 keeps all of them)"
-    )
 
 
 def train(config: RunConfig) -> int:
