@@ -207,6 +207,7 @@ def test_only_settings_that_hold_a_scheduler_are_schedules(tiny: Path) -> None:
         (["--train.max_wallclock_s=60.0", "--train.compile=block", "--scheduler=constant"], "compiling counts as training"),
         (["--train.max_wallclock_s=60.0"], "'cosine' goes by train.steps"),
         (["--averager=swa"], "no multiple of 50 steps"),
+        (['--scheduler={name="warmdown",warmdown_steps=100}'], "its factor never exceeds 0.2 in 20 steps"),
     ],
 )
 def test_what_will_surprise_is_said_before(tiny: Path, overrides: list[str], word: str) -> None:

@@ -23,6 +23,7 @@ from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, NamedParam, claim
+from titanlm.progress import Progress
 from titanlm.registry import did_you_mean, lookup
 from titanlm.runs import require_name
 
@@ -87,7 +88,11 @@ def _check(config: RunConfig) -> Report:
     if report.model is not None:
         _check_model(config, report)
     run = {"total_steps": train.steps, "horizon": horizon_of(config)}
-    report.attempt("scheduler", partial(config.scheduler.build, **run))
+    scheduler = report.attempt("scheduler", partial(config.scheduler.build, **run))
+    if scheduler is not None:
+        highest = max(scheduler.factor(Progress(step)) for step in range(0, train.steps, -(-train.steps // 1000)))
+        if highest < 0.9:
+            report.warnings.append(f"scheduler: its factor never exceeds {highest:.2g} in {train.steps} steps, so no learning rate comes near its peak")
     for index, entry in enumerate(config.optimizer):
         for setting, scheduler in schedules_of(config, entry).items():
             if scheduler is not config.scheduler:
@@ -178,6 +183,8 @@ def _check_data(config: RunConfig, report: Report) -> None:
     for index, one in enumerate(config.sources):
         if one.dataset.name == "token_spans" and data.document_mask:
             report.problems.append("data.document_mask: dataset 'token_spans' does not tell documents apart; set it to false")
+        if one.dataset.name == "token_spans" and getattr(config.model.config, "smear_gate", "") == "masked":
+            report.warnings.append("model.smear_gate: 'masked' shuts where documents begin, and dataset 'token_spans' tells only where spans do")
         if one.dataset.name == "token_spans" and config.packer.name == "none" and (rest := one.dataset.config.span_tokens % train.seq_len):
             padded = (train.seq_len - rest) / (one.dataset.config.span_tokens + train.seq_len - rest)
             report.warnings.append(f"dataset.span_tokens: no multiple of train.seq_len = {train.seq_len}, so {padded:.0%} of all positions are padding")
