@@ -71,7 +71,7 @@ LOADING = {
     "unknown model": ("--model=GTP", "model.name: no model named 'GTP' (known: "),
     "missing setting": ("--tokenizer=sentencepiece", "tokenizer.path: missing; it has no default"),
     "codec level": ("--export.exporter.level=99", "level = 99 does not exist for codec 'zstd' (1 to 22)"),
-    "codec": ("--export.exporter.codec=rar", "export.exporter.codec: expected 'zstd', 'lzma', 'zlib', 'brotli' or 'none', got str 'rar'"),
+    "codec": ("--export.exporter.codec=rar", "export.exporter.codec: expected 'zstd', 'lzma', 'zlib', 'brotli', 'none' or 'auto', got str 'rar'"),
 }
 
 

@@ -147,3 +147,9 @@ def test_a_component_that_cannot_be_imported_is_left_out(tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     assert "broken_schema" in known("optimizer")
     assert "broken_schema" not in json_schema()["$defs"]["slot.optimizer"]["anyOf"][0]["enum"]
+
+
+def test_inherited_settings_keep_their_notes() -> None:
+    (table,) = [table for table in json_schema()["$defs"]["slot.quantizer"]["anyOf"] if table.get("properties", {}).get("name", {}).get("const") == "int6"]
+    assert "rounded" in table["properties"]["qat"]["description"]
+    assert all("description" in setting for name, setting in table["properties"].items() if name not in ("name", "gptq_damp"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ def average_of(run: Path, step: int) -> dict[str, Tensor]:
 
 def scores(text: str) -> dict[str, float]:
     """Row → loss."""
-    return {name.strip(): float(loss) for name, loss in re.findall(r"^  (\S.*?) {2,}([0-9.]+) ", text, re.MULTILINE)}
+    return {name.strip(): float(loss) for name, loss in re.findall(r"^  (raw|averaged|after round trip) {2,}([0-9.]+) ", text, re.MULTILINE)}
 
 
 # ---------------------------------------------------------------- order and scores
@@ -181,8 +182,8 @@ def test_three_scores_and_the_size_are_printed(tiny: Path, capsys: pytest.Captur
     assert main(["export", str(run), "--export.max_bytes=31_000"]) == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert [line.split()[0] for line in lines if not line.startswith(" ")][:2] == ["one", "two"]
-    assert [line[2:18].strip() for line in lines if line.startswith("  ")] == ["raw", "averaged", "after round trip"] * 2
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == ["one", "two", "tensors", f"{run / 'artifact.titanlm'}:"]
+    assert [line[2:18].strip() for line in lines if line.startswith("  ")][:6] == ["raw", "averaged", "after round trip"] * 2
     n_bytes = (run / "artifact.titanlm").stat().st_size
     assert lines[-1].startswith(f"{run / 'artifact.titanlm'}: {n_bytes:,} bytes of 31,000 allowed (zstd, ")
     assert n_bytes <= 31_000
@@ -307,15 +308,85 @@ def test_a_fitter_makes_it_fit(tiny: Path, components: None) -> None:
         export_run(run, overrides=["--fitter=halve"])
 
 
+@pytest.mark.parametrize("name", ["prune_ladder", "prune_bisect"])
+def test_pruning_makes_it_fit(tiny: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tiny, QUANTIZERS)
+    artifact = run / "artifact.titanlm"
+    export_run(run, overrides=["--export.max_bytes=99_999"])
+    whole, weights = artifact.stat().st_size, tensors_of(artifact)
+    limit = whole - 400
+    with pytest.raises(ArtifactError, match=f"over export.max_bytes = {limit:,}"):
+        export_run(run, overrides=[f"--export.max_bytes={limit}"])
+    capsys.readouterr()
+    text = export_run(run, overrides=[f"--export.max_bytes={limit}", f'--fitter={{name="{name}",above_elements=500}}'])
+    trials = re.findall(r"^prune_trial:(\S+) artifact:(\d+) (\w+)", capsys.readouterr().err, re.MULTILINE)
+    valid = {int(size) for _, size, verdict in trials if verdict == "VALID"}
+    assert artifact.stat().st_size in valid
+    assert artifact.stat().st_size <= limit
+    assert f"{artifact.stat().st_size:,} bytes of {limit:,} allowed" in text
+    pruned = tensors_of(artifact)
+    assert {name for name, tensor in pruned.items() if not torch.equal(tensor, weights[name])} == {
+        name for name, tensor in weights.items() if tensor.ndim == 2 and tensor.numel() > 500
+    }
+
+
+def test_code_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tiny, steps=2)
+    folder = tiny.parent / "submission"
+    (folder / "parts").mkdir(parents=True)
+    for name, n_bytes in (("train_gpt.py", 1000), ("parts/a.py", 200), ("parts/b.py", 30), ("notes[1].txt", 4)):
+        (folder / name).write_bytes(b"#" * n_bytes)
+    monkeypatch.chdir(folder)
+    for code, n_bytes in (([], 0), (["train_gpt.py"], 1000), (["**/*.py", str(folder / "train_gpt.py")], 1230), (["notes[1].txt"], 4)):
+        text = export_run(run, overrides=[f"--export.code={json.dumps(code)}"])
+        assert re.search(rf"^  code +{n_bytes:,}$", text, re.MULTILINE)
+        total = (run / "artifact.titanlm").stat().st_size + n_bytes
+        assert f"{run / 'artifact.titanlm'}: {total:,} bytes" in text
+    with pytest.raises(ArtifactError, match=r"over export.max_bytes = 40,000.*\n.* code 1,230"):
+        export_run(run, overrides=["--export.code=['**/*.py']", "--export.max_bytes=40_000"])
+    (folder / "gone").mkdir()
+    for missing in ("gone", "gone/*.py"):
+        with pytest.raises(ConfigError, match=f"export.code: '{re.escape(missing)}' names no file .looked in {folder}"):
+            export_run(run, overrides=[f"--export.code=['{missing}']"])
+
+
+def test_the_budget_by_groups(tiny: Path) -> None:
+    run = train(tiny, QUANTIZERS, steps=2)
+    text = export_run(run, overrides=["--export.max_bytes=99_999"])
+    rows = dict(re.findall(r"^  (\w+) +(int6|int8|float16) ", text, re.MULTILINE))
+    assert rows == {"attention": "int6", "feed_forward": "int6", "embedding": "int8", "norms": "float16"}
+    read = json.loads(export_run(run, overrides=["--export.max_bytes=99_999"], as_json=True))
+    budget = read["budget"]
+    assert budget["total_bytes"] == read["n_bytes"] == (run / "artifact.titanlm").stat().st_size
+    assert sum(group["n_parameters"] for group in budget["groups"]) == sum(tensor.numel() for tensor in tensors_of(run / "artifact.titanlm").values())
+    assert all(group["entropy"] < group["bits"] < group["entropy"] * 1.2 for group in budget["groups"] if group["entropy"])
+    name = read["validation"].popitem()[0]
+    read = json.loads(export_run(run, overrides=["--export.max_bytes=99_999"], as_json=True))
+    assert {row: round(values["loss"], 4) for row, values in read["validation"][name].items()} == scores(text)
+    assert re.search(rf"^  left of 99,999 +{99_999 - read['n_bytes']:,}$", text, re.MULTILINE)
+
+
+def test_codecs_that_were_tried_are_told(tiny: Path) -> None:
+    run = train(tiny, QUANTIZERS, steps=2)
+    text = export_run(run, overrides=["--export.exporter.codec=auto"])
+    told = re.findall(r"^codec (\w+): ([\d,]+) bytes of payload in [\d.]+ s$", text, re.MULTILINE)
+    assert {"zstd", "lzma", "zlib", "none"} <= {codec for codec, _ in told}
+    sizes = [int(size.replace(",", "")) for _, size in told]
+    header = inspect(run / "artifact.titanlm")
+    assert sizes == sorted(sizes)
+    assert (header.codec, header.payload_bytes) == (told[0][0], sizes[0])
+    assert "codec " not in export_run(run)
+
+
 def test_values_beyond_the_dtype_are_refused(tiny: Path) -> None:
     config = load(tiny)
     model = build_model(config, config.tokenizer.build())
     tensors = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
     tensors["norm.weight"][3] = -1e5
     with pytest.raises(ArtifactError, match=r"""'norm.weight' reaches 1e\+05, too large for export.dtype = 'float16'; use "bfloat16" or "float32\""""):
-        encode_tensors(config, model, tensors)
+        encode_tensors(config, model, tensors, {})
     for dtype in ("bfloat16", "float32"):
-        encoded = encode_tensors(load(tiny, [f"--export.dtype={dtype}"]), model, tensors)["norm.weight"]
+        encoded = encode_tensors(load(tiny, [f"--export.dtype={dtype}"]), model, tensors, {})["norm.weight"]
         assert isinstance(encoded, Tensor)
         assert float(encoded[3]) == pytest.approx(-1e5, rel=1e-2)
 
@@ -376,6 +447,11 @@ def test_a_tokenizer_beside_the_artifact(spoken: Path, tiny: Path, tmp_path: Pat
     assert artifact.stat().st_size < size
     assert f"{artifact.stat().st_size + beside.stat().st_size:,} bytes" in text  # both count
     assert scores(text) == scores(embedded)
+    free = export_run(spoken, overrides=["--export.tokenizer=beside", "--export.count_tokenizer=false"])
+    assert f"{artifact}: {artifact.stat().st_size:,} bytes (" in free
+    assert re.search(rf"^  tokenizer \(beside, not counted\) +{beside.stat().st_size:,}$", free, re.MULTILINE)
+    with pytest.raises(ConfigError, match='export.count_tokenizer: a tokenizer inside the artifact always counts; use tokenizer = "beside"'):
+        export_run(spoken, overrides=["--export.count_tokenizer=false"])
     (tiny.parent / "spm.model").unlink()
     moved = tmp_path / "elsewhere"
     moved.mkdir()

@@ -111,6 +111,14 @@ def _check(config: RunConfig) -> Report:
             report.problems.append(f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set")
         else:
             report.attempt("fitter", lambda: _fitter(config))
+        if any(getattr(quantizer.config, "rounding", "nearest") == "gptq" for quantizer in config.quantizer):
+            report.warnings.append(
+                "fitter: quantizers with rounding = 'gptq' fill the zeros that it makes, and each trial rounds anew; use one of both"
+            )
+    if config.export.code:
+        from titanlm.export import code_files  # which builds on this module
+
+        report.attempt("export.code", lambda: code_files(config.export))
     for index, optimizer in enumerate(config.optimizer):
         if optimizer.config.lr < 1e-5:
             report.warnings.append(f"optimizer.{index}.lr: {optimizer.config.lr:g} is low for pretraining; 1e-4 to 1e-2 is usual")

@@ -86,7 +86,8 @@ def _eval(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from titanlm.export import export_run
 
-    print(export_run(args.run_dir, step=args.step, output=args.output, overrides=args.overrides, imports=args.imports, device=args.device))
+    which = {"overrides": args.overrides, "imports": args.imports, "device": args.device, "step": args.step}
+    print(export_run(args.run_dir, **which, output=args.output, as_json=args.json))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -377,6 +378,7 @@ def _build_parser() -> Parser:
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder or checkpoint folder")
     _add_step(verb)
     verb.add_argument("--output", type=Path, help="the file to write (default: artifact.titanlm in the run folder)")
+    verb.add_argument("--json", action="store_true", help="one line of JSON")
     _add_device(verb)
 
     verb = add("generate", _generate, "continue a text", "titanlm generate runs/debug --prompt 'def main' --max-tokens 100")

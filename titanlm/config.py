@@ -264,12 +264,22 @@ class Export:
     at_end: bool = False
     """Export when training ends; `titanlm export RUN` does it at any time."""
     max_bytes: PositiveInt | None = None
-    """Limit on the artifact, decimal bytes."""
+    """Limit on the artifact, the code and a tokenizer that counts, together; in bytes, so 16 MB is 16_000_000."""
     tokenizer: Literal["embed", "beside"] = "embed"
     """Inside the artifact or as a file next to it."""
+    count_tokenizer: bool = True
+    """Whether a tokenizer beside the artifact counts against `max_bytes`; Parameter Golf does not count it. One inside always counts."""
+    code: tuple[str, ...] = ()
+    """Files, or globs of them, whose bytes as they are count against `max_bytes`: the program of a submission."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float16"
-    """Of tensors that no quantizer claims."""
+    """Of tensors that no quantizer takes."""
+    calibration_tokens: PositiveInt = 262_144
+    """Positions of the training data from which quantizers with `rounding = "gptq"` learn what their matrices meet."""
     exporter: Annotated[Component, Slot("exporter")] = _default("exporter")
+
+    def __post_init__(self) -> None:
+        if self.tokenizer == "embed" and not self.count_tokenizer:
+            raise ValueError('count_tokenizer: a tokenizer inside the artifact always counts; use tokenizer = "beside", or leave it at true')
 
 
 @section

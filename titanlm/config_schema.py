@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from titanlm.config import RunConfig
 from titanlm.config_sources import LISTS
+from titanlm.describe import settings_in
 from titanlm.registry import known, lookup
 
 
@@ -48,6 +51,7 @@ def json_schema() -> dict[str, Any]:
             table = TypeAdapter(entry.settings).json_schema(schema_generator=Generator, ref_template=f"#/$defs/{kind}.{name}.{{model}}")
             for key, item in table.pop("$defs", {}).items():
                 definitions[f"{kind}.{name}.{key}"] = resolve(item)
+            _note_inherited(table, entry.settings)
             table["properties"] = {"name": {"const": name}, **table.get("properties", {})}
             table["additionalProperties"] = False
             table["description"] = (entry.factory.__doc__ or "").strip().partition("\n")[0]
@@ -68,3 +72,11 @@ def json_schema() -> dict[str, Any]:
 
 
 _SLOT = "x-titanlm-slot"
+
+
+def _note_inherited(table: dict[str, Any], settings: type) -> None:
+    """Notes of fields that a settings class has from another: pydantic reads those of a class's own source alone."""
+    path = getattr(sys.modules.get(settings.__module__), "__file__", None)
+    for setting in settings_in(Path(path), settings.__name__) if path else ():
+        if setting.note and setting.name in table.get("properties", {}):
+            table["properties"][setting.name].setdefault("description", setting.note)

@@ -86,13 +86,13 @@ def describe(kind: str, name: str) -> str:
         path = Path(origin.place)
         node = next(registrations(path, kind, name))
         docstring, place = ast.get_docstring(node) or "", f"{path}:{node.lineno}"
-        settings = list(_settings(path, _settings_class(node)))
+        settings = list(settings_in(path, _settings_class(node)))
     else:
         entry = lookup(kind, name)
         docstring, place = inspect.getdoc(entry.factory) or "", entry.place
         # The settings' own module is asked, because ``place`` is no file for what was typed into an interpreter.
         path = Path(getattr(sys.modules.get(entry.settings.__module__), "__file__", None) or os.devnull)
-        settings = list(_settings(path, entry.settings.__name__))
+        settings = list(settings_in(path, entry.settings.__name__))
     summary = (ast.get_docstring(parsed(path)) or "").partition("\n\n")[0]
     return "\n\n".join(part for part in (f"{kind} {name}\n{place}", summary, docstring, settings_toml(kind, name, settings)) if part)
 
@@ -136,18 +136,18 @@ def _settings_class(node: ast.FunctionDef | ast.ClassDef) -> str:
     return ast.unparse(annotation).strip("\"'") if annotation is not None else ""
 
 
-def _settings(path: Path, class_name: str) -> Iterator[Setting]:
+def settings_in(path: Path, class_name: str) -> Iterator[Setting]:
     """Fields of a dataclass in declaration order, those of its bases first."""
     path, node = _find(path, class_name)
     if not isinstance(node, ast.ClassDef):
         return
     own = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
     for base in node.bases:
-        yield from (setting for setting in _settings(path, ast.unparse(base)) if setting.name not in own)
+        yield from (setting for setting in settings_in(path, ast.unparse(base)) if setting.name not in own)
     for item, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)) or ast.unparse(item.annotation).startswith("ClassVar"):
             continue
-        if isinstance(item.annotation, ast.Name) and (inner := list(_settings(path, item.annotation.id))):
+        if isinstance(item.annotation, ast.Name) and (inner := list(settings_in(path, item.annotation.id))):
             yield from (replace(setting, name=f"{item.target.id}.{setting.name}") for setting in inner)
             continue
         note = following.value.value if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) else ""

@@ -1,14 +1,19 @@
 """Finalize: from the last checkpoint of a run to an artifact that has been read back and scored.
 
-The order is fixed: averaged weights, adapters merged, fitted to the limit,
-encoded, written, read back from disk, scored. The scores before and after
-stand side by side, because a quantizer's cost is only visible that way.
+The order is fixed: averaged weights, adapters merged, calibrated, fitted to the
+limit, encoded, written, read back from disk, scored. The scores before and after
+stand side by side, because a quantizer's cost is only visible that way. What
+counts against the limit stands below them, by kind of tensor.
 """
 
 from __future__ import annotations
 
+import glob
+import json
+import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +21,13 @@ import torch
 from torch import Tensor
 
 from titanlm import checkpoint
+from titanlm.calibration import hessians
 from titanlm.check import build_model, quantizer_claims
-from titanlm.config import RunConfig, dump, loads
+from titanlm.config import Export, RunConfig, Validation, dump, loads
+from titanlm.device import choose_device
 from titanlm.errors import ArtifactError, ConfigError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, score
+from titanlm.exporters.budget import Budget, measure
 from titanlm.exporters.encoding import Encoded, ExportReport, ExportRequest
 from titanlm.targets import find_checkpoint, import_outside, materialise, require_tokenizer, use_average
 from titanlm.weights import unique_names
@@ -27,10 +35,11 @@ from titanlm.weights import unique_names
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Encoded | Tensor]:
-    """Each tensor by the quantizer that claims it; the others as ``export.dtype``.
+def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> dict[str, Encoded | Tensor]:
+    """Each tensor by the quantizer that claims and takes it; the others as ``export.dtype``.
 
     A quantizer without an export side leaves its tensors to ``export.dtype``.
+    ``moments`` are those of ``calibrate``, by name.
     Raises ConfigError when a pattern has no effect, ArtifactError when a value
     is too large for the dtype.
     """
@@ -43,14 +52,34 @@ def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor])
     }
     for name, tensor in tensors.items():
         quantizer = claimed[name]
-        if quantizer is not None and hasattr(quantizer, "encode"):
+        if quantizer is not None and hasattr(quantizer, "encode") and _takes(quantizer, tensor):
             try:
-                encoded[name] = quantizer.encode(tensor)
+                encoded[name] = quantizer.encode_calibrated(tensor, moments[name]) if name in moments else quantizer.encode(tensor)
             except TitanError as error:  # it knows the numbers, not whose they are
                 raise type(error)(f"tensor {name!r}: {error}") from error
         else:
             encoded[name] = _cast(name, tensor, config.export.dtype)
     return encoded
+
+
+def _takes(quantizer: Any, tensor: Tensor) -> bool:
+    return bool(quantizer.takes(tensor)) if hasattr(quantizer, "takes") else True
+
+
+def calibrate(config: RunConfig, module: Any, tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
+    """Second moments, by name, of what the matrices of calibrated quantizers meet on ``export.calibration_tokens`` of the training data.
+
+    Raises DataError when the training data cannot be read any more.
+    """
+    parameters, names = dict(module.model.named_parameters()), []
+    for entry, own in zip(config.quantizer, quantizer_claims(config, module.model).claimed, strict=True):
+        quantizer = entry.build()
+        if getattr(quantizer, "calibrated", False):
+            names += [name for name in own if _takes(quantizer, parameters[name])]
+    if not names:
+        return {}
+    windows = Validation(name="calibration", split="train", max_tokens=config.export.calibration_tokens)
+    return hessians(module, names, (batch.to(device) for batch in ValidationSet.build(windows, config, tokenizer).batches()))
 
 
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
@@ -70,14 +99,14 @@ def export_run(
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),
     device: str = "auto",
+    as_json: bool = False,
 ) -> str:
     """Export a run's checkpoint; the text to print.
 
     ``overrides`` change the stored config, so other quantizers or limits can be
-    tried on a finished run. Raises ArtifactError when the limit is exceeded.
+    tried on a finished run. Raises ArtifactError when the limit is exceeded,
+    ConfigError when `export.code` names a file that is not there.
     """
-    from titanlm.train import choose_device
-
     import_outside(imports)
     chosen = choose_device(device)
     folder = find_checkpoint(run, step).absolute()
@@ -86,6 +115,7 @@ def export_run(
     config = loads(saved.config_toml, f"{folder}/config.toml", overrides)
     if config.fitter is not None and config.export.max_bytes is None:
         raise ConfigError([f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set"], "export")
+    code_bytes = sum(path.stat().st_size for path in code_files(config.export))
     tokenizer = config.tokenizer.build()
     require_tokenizer(tokenizer, state["fingerprints"]["tokenizer"], str(folder))
     # A checkpoint that was copied elsewhere has no run folder; its artifact goes beside it.
@@ -106,16 +136,35 @@ def export_run(
         tokenizer=config.export.tokenizer,
         tokenizer_files=tokenizer.files(),
         tokenizer_fingerprint=tokenizer.fingerprint,
+        code_bytes=code_bytes,
+        count_tokenizer=config.export.count_tokenizer,
     )
     shape = build_model(plain, tokenizer)
+    merged = module if config.adapter is None else materialise(plain, tokenizer, tensors, chosen, "merged weights")
+    moments = calibrate(plain, merged, tokenizer, chosen)
     if config.fitter is not None:
         fitter = config.fitter.build(max_bytes=config.export.max_bytes)
-        tensors = fitter.fit(tensors, lambda tensors: exporter.size_bytes(encode_tensors(config, shape, tensors), request))
-    report = exporter.write(encode_tensors(config, shape, tensors), request)
+        tensors = fitter.fit(tensors, lambda tensors: exporter.size_bytes(encode_tensors(config, shape, tensors, moments), request))
+    encoded = encode_tensors(config, shape, tensors, moments)
+    report = exporter.write(encoded, request)
     # From the file, not from memory: the score is of what was handed over.
     read_back = materialise(plain, tokenizer, exporter.read(report.path), chosen, str(report.path))
     rows.append(("after round trip", score_all(read_back, config, tokenizer, chosen)))
-    return describe(report, rows, config)
+    budget = measure(encoded, shape.parameter_roles(), report, request) if report.trials else None
+    return (as_json_text if as_json else describe)(report, rows, config, budget)
+
+
+def code_files(export: Export) -> list[Path]:
+    """The files that `export.code` names, each once, however often it is named; ConfigError for an entry that names none."""
+    found: dict[Path, None] = {}
+    for entry in export.code:
+        pattern = os.path.expanduser(entry)
+        # A name that has brackets in it is a name first.
+        names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        if not names:
+            raise ConfigError([f"export.code: {entry!r} names no file (looked in {os.getcwd()}); name the files that a submission ships, or []"], "export")
+        found |= dict.fromkeys(Path(name).resolve() for name in names)
+    return list(found)
 
 
 def merged_weights(config: RunConfig, model: Any, tokenizer: Any) -> tuple[dict[str, Tensor], RunConfig]:
@@ -135,13 +184,34 @@ def score_all(module: Any, config: RunConfig, tokenizer: Any, device: torch.devi
     return [score(module, ValidationSet.build(entry, config, tokenizer), device) for entry in config.validation]
 
 
-def describe(report: ExportReport, rows: Sequence[tuple[str, Sequence[Scores]]], config: RunConfig) -> str:
-    """Scores side by side, then the bytes."""
+def describe(report: ExportReport, rows: Sequence[tuple[str, Sequence[Scores]]], config: RunConfig, budget: Budget | None) -> str:
+    """Scores side by side, then the bytes by kind of tensor, then what codecs made of them where several were tried, then the file."""
     lines = []
     for index, entry in enumerate(config.validation):
         lines.append(f"{entry.name:<18} {'loss':>10} {'perplexity':>12} {'bits/byte':>10}")
         for name, scores in rows:
             lines.append(f"  {name:<16} {scores[index].loss:>10.4f} {scores[index].perplexity:>12.3f} {scores[index].bits_per_byte:>10.4f}")
+    if budget is not None:
+        lines += budget.lines()
+    smallest = {trial.codec: trial for trial in reversed(report.trials)}  # trials begin with the smallest
+    for trial in sorted(smallest.values(), key=lambda trial: trial.n_bytes) if len(smallest) > 1 else ():
+        seconds = sum(other.seconds for other in report.trials if other.codec == trial.codec)
+        lines.append(f"codec {trial.codec}: {trial.n_bytes:,} bytes of payload in {seconds:.1f} s")
     limit = f" of {config.export.max_bytes:,} allowed" if config.export.max_bytes is not None else ""
     lines.append(f"{report.path}: {report.n_bytes:,} bytes{limit} ({report.codec}, {report.layout})")
     return "\n".join(lines)
+
+
+def as_json_text(report: ExportReport, rows: Sequence[tuple[str, Sequence[Scores]]], config: RunConfig, budget: Budget | None) -> str:
+    """The same for programs; a score that is not finite is null."""
+    scored = {
+        entry.name: {name: {key: value if math.isfinite(value) else None for key, value in _numbers(scores[index]).items()} for name, scores in rows}
+        for index, entry in enumerate(config.validation)
+    }
+    written = {"path": str(report.path), "n_bytes": report.n_bytes, "max_bytes": config.export.max_bytes, "codec": report.codec, "layout": report.layout}
+    trials = [asdict(trial) for trial in report.trials]
+    return json.dumps(written | {"validation": scored, "budget": None if budget is None else budget.as_dict(), "trials": trials})
+
+
+def _numbers(scores: Scores) -> dict[str, float]:
+    return {"loss": scores.loss, "perplexity": scores.perplexity, "bits_per_byte": scores.bits_per_byte}

@@ -119,7 +119,12 @@ class Adapter(Protocol):
 
 
 class Quantizer(Protocol):
-    """``prepare(model)`` before sharding and compile; ``encode``/``decode`` at export. Either may be absent."""
+    """``prepare(model)`` before sharding and compile; ``encode``/``decode`` at export. Either may be absent.
+
+    May say which tensors are too small for it, ``takes(tensor) → bool``; one
+    that says ``calibrated = True`` is given the second moments of what a matrix
+    meets instead: ``encode_calibrated(tensor, hessian)`` (``titanlm.calibration``).
+    """
 
     def prepare(self, model: nn.Module, params: Sequence[str]) -> None: ...  # names it claimed; names must keep
     def encode(self, tensor: Tensor) -> Encoded: ...

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,38 @@ def test_the_smaller_layout_and_level_are_kept(tmp_path: Path, monkeypatch: pyte
     assert sizes == {"gaussian": "bytes", "uniform": "packed"}
 
 
+def test_auto_keeps_the_smallest_of_all_codecs(tmp_path: Path) -> None:
+    order = request(tmp_path / "a")
+    report = exporter("auto").write(tensors(), order)
+    alone = {codec: exporter(codec).size_bytes(tensors(), order) for codec in CODECS}
+    # The codec's name stands in the header too.
+    assert min(alone.values()) == report.n_bytes == alone[report.codec] == exporter("auto").size_bytes(tensors(), order)
+    assert inspect(tmp_path / "a").codec == report.codec
+    assert_same(read_artifact(tmp_path / "a").tensors, tensors())
+    assert {trial.codec for trial in report.trials} == set(CODECS)
+    assert [trial.n_bytes for trial in report.trials] == sorted(trial.n_bytes for trial in report.trials)
+    kept = report.trials[0]
+    assert (kept.codec, kept.layout, kept.n_bytes) == (report.codec, report.layout, inspect(tmp_path / "a").payload_bytes)
+    assert all(trial.seconds >= 0 for trial in report.trials)
+    exporter("auto").write(tensors(), request(tmp_path / "b"))
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_auto_passes_over_what_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("zstandard", "brotli"):
+        monkeypatch.setitem(sys.modules, package, None)
+    report = exporter("auto").write(tensors(), request(tmp_path / "a"))
+    assert {trial.codec for trial in report.trials} == {"lzma", "zlib", "none"}
+
+
+def test_auto_of_noise_and_of_nothing(tmp_path: Path) -> None:
+    """Bytes without structure are stored as they are."""
+    noise = torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert exporter("auto").write({"w": noise}, request(tmp_path / "a", files={})).codec == "none"
+    exporter("auto").write({}, request(tmp_path / "b", files={}))
+    assert read_artifact(tmp_path / "b").tensors == {}
+
+
 def test_a_tensor_that_shares_memory_or_needs_gradients(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(6, 4))
     exporter().write({"w": weight, "t": weight.T, "row": weight[2]}, request(tmp_path / "a"))
@@ -188,6 +221,20 @@ def test_the_limit_is_exact(tmp_path: Path, tokenizer: str) -> None:
     with pytest.raises(ArtifactError, match=f"takes {exact:,} bytes, 1 over"):
         exporter().write(tensors(), request(tmp_path / "new" / "model.titan", tokenizer=tokenizer, code_bytes=1000, max_bytes=exact - 1))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_beside_that_does_not_count(tmp_path: Path) -> None:
+    counted = request(tmp_path / "model.titan", tokenizer="beside", code_bytes=1000)
+    free = replace(counted, count_tokenizer=False)
+    beside = sum(map(len, FILES.values()))
+    n_bytes = exporter().size_bytes(tensors(), free)
+    assert n_bytes == exporter().size_bytes(tensors(), counted) - beside
+    report = exporter().write(tensors(), replace(free, max_bytes=n_bytes))
+    assert report.n_bytes == n_bytes == 1000 + (tmp_path / "model.titan").stat().st_size
+    with pytest.raises(ArtifactError, match=r"1 over .*\n.* \+ tokenizer beside it 0 \+ code 1,000"):
+        exporter().write(tensors(), replace(free, max_bytes=n_bytes - 1))
+    with pytest.raises(ArtifactError, match=rf"{beside:,} over .*\n.* \+ tokenizer beside it {beside:,} \+ code 1,000"):
+        exporter().write(tensors(), replace(counted, max_bytes=n_bytes))
 
 
 # ---------------------------------------------------------------- atomicity
@@ -267,7 +314,7 @@ def test_the_tokenizer_beside_is_verified(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- mistakes of the caller
 def test_levels_are_checked() -> None:
-    for codec, level in (("zstd", 23), ("zstd", 0), ("lzma", 10), ("zlib", 0), ("brotli", 12), ("none", 1)):
+    for codec, level in (("zstd", 23), ("zstd", 0), ("lzma", 10), ("zlib", 0), ("brotli", 12), ("none", 1), ("auto", 3)):
         with pytest.raises(ValueError, match=f"level = {level} does not exist for codec '{codec}'"):
             ArtifactConfig(codec=codec, level=level)
     assert ArtifactConfig(codec="brotli", level=0).level == 0

@@ -185,6 +185,7 @@ FORGERIES: dict[str, tuple[Callable[[Tables], Any], str]] = {
     "unknown layout": (lambda h: h.update(layout="tight"), "layout is one of"),
     "unknown key": (lambda h: h.update(extra=1), "its keys are"),
     "missing key": (lambda h: h.pop("codec"), "its keys are"),
+    "a codec to be chosen": (lambda h: h.update(codec="auto"), "codec is one of"),
     "config a number": (lambda h: h.update(config=3), "config is text"),
     "checksum short": (lambda h: h.update(payload_sha256="ab"), "64 hexadecimal digits"),
     "checksum with a newline": (lambda h: h.update(payload_sha256="0" * 64 + "\n"), "64 hexadecimal digits"),

@@ -1,13 +1,22 @@
-"""Exact bit patterns of packed integers and byte planes."""
+"""Exact bit patterns of packed integers and byte planes, and what planes save beside a byte shuffle of the whole."""
 
 from __future__ import annotations
+
+import importlib.util
+import lzma
 
 import numpy as np
 import pytest
 import torch
+import zstandard
+from torch import Tensor
 
 from titanlm.errors import ArtifactError
 from titanlm.exporters import storage
+from titanlm.exporters.compression import DEFAULT_LEVELS
+from titanlm.registry import Component
+
+CODECS = ["zstd", "lzma"] + ["brotli"] * (importlib.util.find_spec("brotli") is not None)
 
 
 def packed_by_hand(values: list[int], bits: int) -> bytes:
@@ -75,3 +84,50 @@ def test_what_is_out_of_range_is_refused() -> None:
         storage.from_bytes(np.array([0b01000001], np.uint8), (1,), "int8", 6, "packed")
     with pytest.raises(ArtifactError, match="0 or 1"):
         storage.from_bytes(np.array([0, 2], np.uint8), (2,), "bool", None, "bytes")
+
+
+# ---------------------------------------------------------------- beside the shuffle of Parameter Golf's records
+def shuffled(tensors: list[Tensor]) -> bytes:
+    """As the records do it: tensors one after the other, then all bytes at even places before all at odd ones."""
+    plain = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+    return plain[0::2] + plain[1::2]
+
+
+def planes(tensors: list[Tensor]) -> bytes:
+    return b"".join(storage.to_bytes(tensor, None, "bytes").tobytes() for tensor in tensors)
+
+
+def compressed(codec: str, data: bytes, levels: tuple[int, ...]) -> int:
+    """Bytes by the codec's own package."""
+    if codec == "zstd":
+        return min(len(zstandard.ZstdCompressor(level=level).compress(data)) for level in levels)
+    if codec == "lzma":
+        return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+    import brotli
+
+    return len(brotli.compress(data, quality=11, lgwin=24))
+
+
+def gaussian(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.03
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_planes_are_as_good_as_a_shuffle_by_two_and_better_for_fp32(codec: str) -> None:
+    half = [gaussian(128, 256, seed=0).half()]
+    assert planes(half) == shuffled(half)  # one fp16 tensor: the same bytes
+    wide = [gaussian(128, 256, seed=1)]
+    best = DEFAULT_LEVELS[codec]
+    assert compressed(codec, planes(wide), best) < 0.99 * compressed(codec, shuffled(wide), best)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_payload_of_int6_fp16_and_fp32_is_smaller_than_shuffled(codec: str) -> None:
+    """The parts of an artifact in its order, against the records' order, shuffle and highest level."""
+    matrices = [Component.named("quantizer", "int6").build().encode(gaussian(100 if codec != "zstd" else 400, 512, seed=seed)) for seed in range(3)]
+    controls = [gaussian(512, seed=seed) for seed in range(3, 6)]
+    values, scales = ([matrix.parts[part] for matrix in matrices] for part in ("values", "scale"))
+    recorded = shuffled([part for pair in zip(values, scales, strict=True) for part in pair] + controls)
+    ours = planes([*scales, *controls, *values])
+    assert len(ours) == len(recorded)
+    assert compressed(codec, ours, DEFAULT_LEVELS[codec]) < compressed(codec, recorded, (22,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,12 @@ from titanlm.train_module import TrainModule
 
 VOCAB = 61
 NAMES = ("int5", "int6", "int8")
+SETTINGS = [(name, {}) for name in NAMES] + [
+    ("int5", {"clip_quantile": 0.97}),
+    ("int8", {"clip_quantile": 0.5}),
+    ("sdclip", {"k": 3.0}),
+    ("sdclip", {"bits": 8}),
+]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 SMALL = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 64, "max_positions": 64, "attention_backend": "sdpa"}
 
@@ -86,25 +93,26 @@ def rows(dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- the rounding
 @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
-def test_training_rounds_as_export_does_to_the_bit(name: str, dtype: torch.dtype, scale_dtype: str) -> None:
-    rounding, weight = quantizer(name, scale_dtype=scale_dtype), rows(dtype)
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_training_rounds_as_export_does_to_the_bit(name: str, settings: dict[str, Any], dtype: torch.dtype, scale_dtype: str) -> None:
+    rounding, weight = quantizer(name, scale_dtype=scale_dtype, **settings), rows(dtype)
     layer = Linear(48, len(weight))
     layer.weight = nn.Parameter(weight)
     round_in_training(layer, ["weight"], rounding.round_trip)
     turn(layer, True)
-    expected = Component.named("quantizer", name, scale_dtype=scale_dtype).build()
+    expected = Component.named("quantizer", name, scale_dtype=scale_dtype, **settings).build()
     expected = expected.decode(expected.encode(weight))
     assert torch.equal(in_use(layer, "weight").view(BITS[dtype]), expected.view(BITS[dtype]))
     turn(layer, False)
     assert in_use(layer, "weight") is layer.weight
 
 
+@pytest.mark.parametrize(("name", "settings"), [("int6", {}), ("int6", {"clip_quantile": 0.9}), ("sdclip", {"k": 3.0})])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_compiled_code_is_on_the_grid_to_the_bit(device: str) -> None:
+def test_compiled_code_is_on_the_grid_to_the_bit(device: str, name: str, settings: dict[str, Any]) -> None:
     """Not by itself: casts of the scale to fp16 and back are left out, and on CUDA divisions are not rounded correctly."""
     torch._dynamo.reset()
-    rounding, weight = quantizer(), torch.cat([rows(torch.float32)] + [torch.randn(4000, 48) * 0.03]).to(device)
+    rounding, weight = quantizer(name, **settings), torch.cat([rows(torch.float32)] + [torch.randn(4000, 48) * 0.03]).to(device)
     layer = Linear(48, len(weight))
     layer.weight = nn.Parameter(weight)
     rounding.prepare(layer, ["weight"])
@@ -189,6 +197,13 @@ def test_every_holder_rounds_and_only_holders_have_the_switch(tied: bool, rank: 
         weight = getattr(module, name)
         assert torch.equal(in_use(module, name), rounding.decode(rounding.encode(weight)))
         assert not torch.equal(in_use(module, name), weight)
+
+
+def test_small_tensors_are_left_alone_in_training_too() -> None:
+    model = decoder()
+    quantizer(above_elements=32 * 32).prepare(model, matrices(model))  # queries' and outputs' matrices are exactly that
+    switched = {name for name, module in model.named_modules() if hasattr(module, "qat")}
+    assert switched == {"embedding", "head", *(f"blocks.{i}.feed_forward.{layer}_proj" for i in (0, 1) for layer in ("gate", "up", "down"))}
 
 
 def test_two_quantizers_may_share_a_module() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from titanlm.errors import ArtifactError, NonFiniteError
 from titanlm.exporters.encoding import decode_tensors
+from titanlm.quantizers.rowwise import at_quantile
 from titanlm.registry import Component, lookup
 
 CLIP = {"int8": 127, "int6": 31, "int5": 15}
@@ -205,7 +206,66 @@ def test_what_does_not_decode_is_named(change: dict, message: str) -> None:
     assert "'blocks.0.w'" in str(caught.value)
 
 
-def test_defaults_claim_matrices(name: str) -> None:
+def test_defaults_claim_matrices_and_clip_nothing(name: str) -> None:
     config = lookup("quantizer", name).settings()
     assert config.params == ("@matrix", "@embedding", "@head")
     assert config.scale_dtype == "float16"
+    assert config.clip_quantile is None
+    assert build(name).takes(torch.empty(1))
+    assert not build(name).calibrated
+
+
+# ---------------------------------------------------------------- clipping and size
+@pytest.mark.parametrize("n", [1, 2, 5, 512, 3001])
+@pytest.mark.parametrize("quantile", [0.0, 0.5, 0.9, 0.999, 0.9999984, 1.0])
+def test_quantiles_are_those_of_numpy(n: int, quantile: float) -> None:
+    rows = torch.randn(7, n, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    expected = np.quantile(rows.abs().numpy(), quantile, axis=1)
+    np.testing.assert_allclose(at_quantile(rows, quantile), expected, rtol=1e-8)
+    # torch takes the place between two magnitudes in fp32.
+    narrow = at_quantile(rows.float(), quantile)
+    assert narrow.dtype == torch.float32
+    np.testing.assert_allclose(narrow, np.quantile(rows.float().abs().double().numpy(), quantile, axis=1), rtol=1e-7)
+    torch.testing.assert_close(narrow, rows.float().abs().quantile(quantile, 1), rtol=1e-4, atol=0)
+
+
+def test_more_elements_than_torch_had_a_quantile_for() -> None:
+    """It refused more than 2^24."""
+    rows = torch.arange(1.0, 2.0**20 + 1).expand(17, -1)
+    assert at_quantile(rows, 1 - 2.0**-19).tolist() == pytest.approx([2.0**20 - 2 + 2.0**-19] * 17, rel=1e-7)
+
+
+def test_rows_are_clipped_at_the_quantile(name: str) -> None:
+    w = torch.randn(20, 1000, generator=torch.Generator().manual_seed(9))
+    encoded = build(name, clip_quantile=0.99).encode(w)
+    reach = np.quantile(w.abs().numpy(), 0.99, axis=1)
+    scale = encoded.parts["scale"].double().numpy()
+    np.testing.assert_allclose(scale, reach / CLIP[name], rtol=2**-11)
+    q = np.clip(np.round(w.double().numpy() / scale[:, None]), -CLIP[name] - 1, CLIP[name])
+    assert encoded.parts["values"].tolist() == q.tolist()
+    # What exceeds the last level is put on it: about a hundredth, on the negative side one level further out.
+    assert 0.005 < float((np.abs(q) >= CLIP[name]).mean()) < 0.05
+    everything = build(name, clip_quantile=1.0).encode(w)
+    assert all(torch.equal(part, build(name).encode(w).parts[key]) for key, part in everything.parts.items())
+
+
+def test_sparse_rows_are_not_clipped_at_nothing(name: str) -> None:
+    w = torch.zeros(2, 100)
+    w[0, 3] = 5.0
+    quantizer = build(name, clip_quantile=0.9)
+    assert torch.allclose(quantizer.decode(quantizer.encode(w)), w, rtol=2**-11)
+
+
+def test_a_tensor_that_is_no_larger_is_left(name: str) -> None:
+    quantizer = build(name, above_elements=65_536)
+    assert not quantizer.takes(torch.empty(512, 128, device="meta"))
+    assert quantizer.takes(torch.empty(512, 129, device="meta"))
+
+
+def test_settings_of_the_encoder_alone_are_not_stored(name: str) -> None:
+    """So that artifacts written before there were any are read, and a decoder need not know them."""
+    w = torch.randn(4, 8, generator=torch.Generator().manual_seed(10))
+    quantizer = build(name, clip_quantile=0.5, above_elements=3, rounding="gptq", qat=True)
+    encoded = quantizer.encode(w)
+    assert encoded.settings == {"scale_dtype": "float16"}
+    assert torch.equal(decode_tensors({"w": encoded})["w"], quantizer.decode(encoded))

@@ -15,6 +15,7 @@ worse than both; brotli comes closest to the entropy.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import lzma
 import zlib
@@ -44,6 +45,16 @@ def require(codec: str) -> None:
         _package("zstandard", "zstandard>=0.23")
     elif codec == "brotli" and not hasattr(_package("brotli", "brotli>=1.2").Decompressor, "can_accept_more_data"):
         raise ArtifactError('codec "brotli" cannot bound its output in this version; run: pip install "brotli>=1.2"')
+
+
+def installed() -> tuple[str, ...]:
+    """The codecs that ``require`` takes."""
+    found = []
+    for codec in CODECS:
+        with contextlib.suppress(ArtifactError):
+            require(codec)
+            found.append(codec)
+    return tuple(found)
 
 
 def compress(codec: str, level: int, pieces: Iterable[Any], n_bytes: int) -> bytearray:

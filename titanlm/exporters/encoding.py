@@ -48,6 +48,20 @@ class ExportRequest:
     tokenizer_fingerprint: str
     code_bytes: int = 0
     """Counted against the limit; 0 when the artifact is read by an installed titanlm."""
+    count_tokenizer: bool = True
+    """Whether files of a tokenizer beside the artifact count against the limit."""
+
+
+@dataclass(frozen=True)
+class CodecTrial:
+    """One way to compress the payload, and what came of it."""
+
+    codec: str
+    level: int
+    layout: str
+    n_bytes: int
+    """Of the payload."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,8 @@ class ExportReport:
     codec: str
     layout: str
     """"bytes" or "packed": how integers below 8 bits were stored."""
+    trials: tuple[CodecTrial, ...] = ()
+    """What was tried, the smallest first; empty for exporters that do not say."""
 
 
 def decode_tensors(tensors: Mapping[str, Encoded | Tensor]) -> dict[str, Tensor]:

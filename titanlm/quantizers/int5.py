@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from titanlm.quantizers.rowwise import Rowwise, TrainedRowwise
+from titanlm.quantizers.rowwise import IntConfig, Rowwise, integers
 from titanlm.registry import register
 
 
-@dataclass(frozen=True)
-class Int5Config:
-    """Settings of the quantizer ``int5``."""
-
-    params: tuple[str, ...] = ("@matrix", "@embedding", "@head")
-    """Globs of parameter names; "@role" stands for every parameter of that role. The first quantizer that matches takes the parameter."""
-    scale_dtype: Literal["float16", "float32"] = "float16"
-    """How a row's scale is stored; float32 for rows whose scale exceeds 65,504 or lies under 6e-8."""
-    qat: bool = False
-    """Train with weights rounded as at export, straight through, while the phase says so (`[qat]`)."""
-
-
 @register("quantizer", "int5")
-def int5(config: Int5Config) -> Rowwise:
+def int5(config: IntConfig) -> Rowwise:
     """Integers in [-16, 15] times a scale a row."""
-    kind = TrainedRowwise if config.qat else Rowwise
-    return kind("int5", bits=5, scale_dtype=config.scale_dtype)
+    return integers("int5", config, bits=5)

@@ -103,5 +103,5 @@ def _parts(tensor: Encoded | Tensor) -> Mapping[str, Tensor]:
 
 
 def _counted(packed: bytes, request: ExportRequest) -> int:
-    beside = sum(map(len, request.tokenizer_files.values())) if request.tokenizer == "beside" else 0
+    beside = sum(map(len, request.tokenizer_files.values())) if request.tokenizer == "beside" and request.count_tokenizer else 0
     return len(packed) + beside + request.code_bytes
