@@ -116,3 +116,17 @@ def test_a_shorter_window_keeps_the_newest_points() -> None:
     found(detector, [float(loss) for loss in range(8, 0, -1)])
     shorter.restore(detector.state())
     assert shorter.state()["losses"] == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_a_new_phase_is_judged_by_its_own_losses() -> None:
+    detector = SpikeDetector(sigmas=3.0, window=8, patience=1)
+    for step in range(8):
+        assert detector.observe(step, 2.0 + 0.01 * (step % 2), "a") is None
+    again = SpikeDetector(sigmas=3.0, window=8, patience=1)
+    again.restore(detector.state())
+    assert again.observe(8, 9.0, "a") == 7
+    assert detector.observe(8, 9.0, "b") is None
+    older = {name: value for name, value in detector.state().items() if name != "phase"}
+    again.restore(older)
+    assert again.observe(9, 9.0, "b") is None
+    assert again.state()["losses"] == [9.0, 9.0], "what an older checkpoint holds is of the phase it goes on in"

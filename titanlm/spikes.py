@@ -32,7 +32,7 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=window)
         self._healthy_step: int | None = None
         self._in_a_row = 0
-        self._phase = ""
+        self._phase: str | None = None
 
     def observe(self, step: int, loss: float, phase: str = "") -> int | None:
         """The step of the last healthy point, after which the spike began, when one is found. None also while there was no healthy point yet.
@@ -43,7 +43,8 @@ class SpikeDetector:
         if not self.sigmas:
             return None
         if phase != self._phase:
-            self.reset()
+            if self._phase is not None:
+                self.reset()
             self._phase = phase
         if not self._is_spike(loss):
             self._losses.append(loss)
@@ -67,7 +68,7 @@ class SpikeDetector:
     def reset(self) -> None:
         """Forget everything."""
         self._losses.clear()
-        self._healthy_step, self._in_a_row = None, 0
+        self._healthy_step, self._in_a_row, self._phase = None, 0, None
 
     def state(self) -> dict[str, Any]:
         """As JSON; a restored detector judges exactly as this one would."""
@@ -76,4 +77,4 @@ class SpikeDetector:
     def restore(self, state: dict[str, Any]) -> None:
         self.reset()
         self._losses.extend(state["losses"])
-        self._healthy_step, self._in_a_row, self._phase = state["healthy_step"], state["in_a_row"], state["phase"]
+        self._healthy_step, self._in_a_row, self._phase = state["healthy_step"], state["in_a_row"], state.get("phase")  # older ones do not say
