@@ -112,9 +112,7 @@ def _check(config: RunConfig) -> Report:
         else:
             report.attempt("fitter", lambda: _fitter(config))
         if any(getattr(quantizer.config, "rounding", "nearest") == "gptq" for quantizer in config.quantizer):
-            report.warnings.append(
-                "fitter: quantizers with rounding = 'gptq' fill the zeros that it makes, and each trial rounds anew; use one of both"
-            )
+            report.warnings.append("fitter: quantizers with rounding = 'gptq' fill the zeros that it makes, and each trial rounds anew; use one of both")
     if config.export.code:
         from titanlm.export import code_files  # which builds on this module
 

@@ -319,6 +319,37 @@ def _recipe_run(args: argparse.Namespace) -> int:
     return run(scaled, again_from=args.again_from, n_processes=args.nproc)
 
 
+def _submission_build(args: argparse.Namespace) -> None:
+    from titanlm.submission.build import About, build
+    from titanlm.submission.metadata import Record
+
+    try:
+        record = None if args.record is None else Record(args.record[0], float(args.record[1]))
+    except ValueError:
+        raise TitanError(f"--record: {args.record[1]!r} is no number; it is the mean val_loss of the record's seeds, in nats per token") from None
+    about = About(
+        author=args.author,
+        github_id=args.github_id,
+        name=args.name,
+        blurb=args.blurb,
+        track=args.track,
+        hardware=args.hardware,
+        record=record,
+    )
+    print(build(args.runs, args.output, about, form="readable" if args.readable else "compressed", device=args.device))
+
+
+def _submission_verify(args: argparse.Namespace) -> int:
+    from titanlm.submission.verify import checks, summary
+
+    found = []
+    for check in checks(args.folder, max_tokens=args.max_tokens, data=args.data, tokenizer=args.tokenizer):
+        print(printable(str(check)), flush=True)
+        found.append(check)
+    print(summary(found))
+    return int(any(check.state == "FAIL" for check in found))
+
+
 def _env(args: argparse.Namespace) -> int:
     from titanlm.environment import format_report, report, requirements
 
@@ -443,6 +474,8 @@ def _build_parser() -> Parser:
     _add_data_download(data)
 
     _add_recipe(adder(add("recipe", None, "list, plan and run recipes, each a file of stages", "titanlm recipe run golf --scale smoke")))
+    example = "titanlm submission verify submission --data DIR --tokenizer FILE"
+    _add_submission(adder(add("submission", None, "build and verify Parameter Golf submissions", example)))
 
     verb = add("env", _env, "report versions and devices; with a config, what it lacks", "titanlm env train_configs/debug.toml", overrides=True)
     verb.add_argument("file", metavar="FILE", type=Path, nargs="?")
@@ -557,6 +590,28 @@ def _add_recipe(recipe: Callable[..., Parser]) -> None:
     verb.add_argument("--from", dest="again_from", metavar="STAGE", help="run this stage and all after it again")
     verb.add_argument("--nproc", metavar="N", type=positive, default=1, help="processes of train stages, started by torchrun (default: %(default)s)")
     verb.add_argument("--dry-run", action="store_true", help="say which stages would run, and why, and stop")
+
+
+def _add_submission(submission: Callable[..., Parser]) -> None:
+    example = "titanlm submission build runs/seed1337 runs/seed42 --output submission --name NAME --author NAME --github-id ID"
+    verb = submission("build", _submission_build, "make a Parameter Golf submission of finished runs, one a seed", example)
+    verb.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, equal but for the seed")
+    verb.add_argument("--output", metavar="DIR", type=Path, required=True, help="the new folder")
+    verb.add_argument("--name", required=True, help="what the submission is called")
+    verb.add_argument("--author", required=True)
+    verb.add_argument("--github-id", metavar="ID", required=True)
+    verb.add_argument("--blurb", default="", help="a sentence or two on what is new")
+    verb.add_argument("--track", choices=["non_record_16mb", "10min_16mb"], default="non_record_16mb", help="default: %(default)s")
+    verb.add_argument("--hardware", default="", help="what the runs trained on (default: as the first run's environment.json has it)")
+    verb.add_argument("--record", metavar=("NAME", "VAL_LOSS"), nargs=2, help="a record and the mean val_loss of its seeds, to be tested against")
+    verb.add_argument("--readable", action="store_true", help="train_gpt.py as plain text, about six times as many bytes")
+    verb.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="that exports and scores (default: %(default)s)")
+
+    verb = submission("verify", _submission_verify, "check a submission, anyone's; status 1 if something is wrong", "titanlm submission verify submission")
+    verb.add_argument("folder", metavar="DIR", type=Path, help="the submission")
+    verb.add_argument("--data", metavar="DIR", type=Path, help="folder of validation shards: run its train_gpt.py on them, and compare the score")
+    verb.add_argument("--tokenizer", metavar="FILE", type=Path, help="the tokenizer's file, which a submission does not hold")
+    verb.add_argument("--max-tokens", metavar="N", type=count, default=0, help="score so many tokens of each validation set (default: all)")
 
 
 def _add_target(verb: Parser) -> None:

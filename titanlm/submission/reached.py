@@ -1,0 +1,259 @@
+"""Which statements of titanlm a function reaches, and modules made of these alone.
+
+The unit is the top-level statement. Every name that a kept statement mentions
+is followed to the statement that binds it, through module-level and
+function-level imports alike, until nothing new comes. Annotations of functions
+are not followed, since nothing evaluates them; those of classes and of
+decorated functions are (settings, factories, torch operators). A statement that
+belongs to a name (``Name.attribute = …``, ``@name.register_fake``) comes with
+it, and one that binds nothing runs for its effect and stays.
+
+``LEFT_OUT`` is reached too, but only called when a setting is used. Its names
+are served as classes that refuse to be called.
+
+Names that are put together at run time (``getattr(module, f"…")``) are not seen.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from titanlm.errors import TitanError
+from titanlm.submission.shorter import shortened, stripped
+
+LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
+    "titanlm.checkpoint_copy": ("checkpoint.copy_to", ("", None)),
+    "titanlm.cli": ("", ()),
+    "titanlm.data_state": ("data.start", ("", None)),
+    "titanlm.distributed.fsdp2": ("parallel.strategy", ("none", "replicate")),
+    "titanlm.generate": ("train.sample_every", (0,)),
+    "titanlm.initial_load": ("checkpoint.initial_load.path", (None,)),
+    "titanlm.workers.Workers": ("data.workers", (0,)),
+}
+"""Module, or definition of one → a setting, and its values with which nothing of it is called; no setting: a bundle never does."""
+
+_ROOT = Path(__file__).parents[1]
+
+
+def path_of(module: str) -> Path:
+    path = _ROOT.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def is_module(name: str) -> bool:
+    return name.partition(".")[0] == "titanlm" and path_of(name).is_file()
+
+
+@dataclass
+class _Module:
+    """The top-level statements of a module, and who binds what."""
+
+    text: str
+    body: list[ast.stmt]
+    bound: dict[str, list[int]] = field(default_factory=dict)
+    """Name → the statements that define it or belong to it, by position."""
+    imported: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Name → (module, name in it; empty: the module itself), titanlm's only."""
+    foreign: dict[str, str] = field(default_factory=dict)
+    """Name → the top-level package that an import statement takes it from."""
+    kept: set[int] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
+    """Definitions that ``LEFT_OUT`` names."""
+    used: set[str] = field(default_factory=set)
+    """Names of imports that a kept statement mentions."""
+
+
+class Reached:
+    """Grows by ``need``; ``sources`` gives it as text."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, _Module] = {}
+        self.absent: dict[str, set[str]] = {}
+        self.packages: set[str] = set()
+        self._waiting: list[tuple[_Module, int]] = []
+        self._busy = False
+
+    def need(self, module: str, name: str) -> None:
+        """Keep what binds ``name`` in ``module``, and all that it mentions."""
+        if module in LEFT_OUT:
+            self.absent.setdefault(module, set()).add(name)
+            self._module(module.rpartition(".")[0])
+        elif f"{module}.{name}" in LEFT_OUT:
+            self._module(module).absent.add(name)
+        elif is_module(f"{module}.{name}"):
+            self._module(f"{module}.{name}")
+        else:
+            self._keep(self._module(module), name)
+        while self._waiting and not self._busy:
+            self._busy = True
+            own, index = self._waiting.pop()
+            self._follow(own, own.body[index])
+            self._busy = False
+
+    def _module(self, name: str) -> _Module:
+        if name not in self.modules:
+            if package := name.rpartition(".")[0]:
+                self._module(package)
+            text = path_of(name).read_text(encoding="utf-8")
+            own = self.modules[name] = _Module(text, ast.parse(text).body)
+            for index, statement in enumerate(own.body):
+                self._enter(own, index, statement)
+        return self.modules[name]
+
+    def _enter(self, own: _Module, index: int, statement: ast.stmt) -> None:
+        """Note what a top-level statement binds, or that it runs for what it does."""
+        match statement:
+            case ast.Import() | ast.ImportFrom():
+                for name, module, member in _imports(statement):
+                    if module.partition(".")[0] == "titanlm":
+                        own.imported[name] = (f"{module}.{member}", "") if member and is_module(f"{module}.{member}") else (module, member)
+                    own.foreign[name] = module.partition(".")[0]
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.If(test=ast.Compare(left=ast.Name(id="__name__"))):
+                pass
+            case ast.Expr(value=ast.Constant()):
+                pass  # a docstring
+            case _:
+                names = _bound_by(statement)
+                for name in names:
+                    own.bound.setdefault(name, []).append(index)
+                owner = _registered_with(statement)
+                if owner in own.bound and owner not in names:
+                    own.bound[owner].append(index)  # `@operator.register_fake` and the like
+                elif not names or names == ["_"]:
+                    self._mark(own, index)
+
+    def _keep(self, own: _Module, name: str) -> None:
+        for index in own.bound.get(name, ()):
+            self._mark(own, index)
+        if name in own.foreign:
+            own.used.add(name)
+        if name in own.imported:
+            self._arrive(*own.imported[name])
+
+    def _arrive(self, module: str, name: str) -> None:
+        if name:
+            self.need(module, name)
+        elif module not in LEFT_OUT:
+            self._module(module)
+
+    def _mark(self, own: _Module, index: int) -> None:
+        if index not in own.kept:
+            own.kept.add(index)
+            self._waiting.append((own, index))
+
+    def _follow(self, own: _Module, statement: ast.stmt) -> None:
+        """Everything that a kept statement mentions."""
+        local: dict[str, tuple[str, str]] = {}
+        nodes = list(ast.walk(stripped(statement)))
+        for node in nodes:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for name, module, member in _imports(node):
+                    if module.partition(".")[0] != "titanlm":
+                        self.packages.add(module.partition(".")[0])
+                    elif member and is_module(f"{module}.{member}"):
+                        local[name] = f"{module}.{member}", ""
+                    else:
+                        self._arrive(module, member)
+        owners = {id(node.value): node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        for node in nodes:
+            if isinstance(node, ast.Name):
+                self._keep(own, node.id)
+                module, member = local.get(node.id) or own.imported.get(node.id, ("", ""))
+                if module and not member:
+                    if id(node) not in owners:
+                        raise TitanError(f"{node.id} of line {node.lineno}: a module as a value, of which anything may be used; import names from it")
+                    self.need(module, owners[id(node)])
+
+    # ------------------------------------------------------------ as text
+    def sources(self, *, minified: bool) -> dict[str, str]:
+        """Module → its kept statements; packages that are nothing but folders are empty."""
+        texts = {name: _text(own, minified=minified) + _stand_ins(name, own.absent) for name, own in self.modules.items()}
+        for own in self.modules.values():
+            self.packages |= {own.foreign[name] for name in own.used} - {"titanlm", "__future__"}
+        texts |= {module: _stand_ins(module, names) for module, names in self.absent.items()}
+        return dict(sorted(texts.items()))
+
+
+def _text(own: _Module, *, minified: bool) -> str:
+    lines = own.text.splitlines()
+    parts: list[str] = []
+    for index, statement in enumerate(own.body):
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            kept = copy.copy(statement)
+            future = isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
+            kept.names = [alias for alias in statement.names if future or (alias.asname or alias.name.partition(".")[0]) in own.used]
+            if kept.names:
+                parts.append(ast.unparse(kept))
+        elif index in own.kept and minified:
+            parts.append(shortened(statement, {*own.bound, *own.imported, *own.foreign}))
+        elif index in own.kept or (index == 0 and not minified and isinstance(statement, ast.Expr)):  # its docstring
+            parts.append(_verbatim(lines, own.body, index))
+    if not own.kept:
+        return ""
+    return "\n".join(parts) + "\n"
+
+
+def _verbatim(lines: list[str], body: list[ast.stmt], index: int) -> str:
+    """The statement's lines, with the comments before and the docstring behind it."""
+    statement = body[index]
+    first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", ()))]) - 1
+    last = statement.end_lineno or statement.lineno
+    while first and lines[first - 1].startswith("#"):
+        first -= 1
+    following = body[index + 1] if index + 1 < len(body) else None
+    if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+        last = following.end_lineno or last
+    return ("\n\n" if hasattr(statement, "body") else "") + "\n".join(lines[first:last])
+
+
+def _stand_ins(module: str, names: set[str]) -> str:
+    """Classes, so that annotations with them can be read."""
+    made = ["from dataclasses import dataclass"] if names else []
+    for name in sorted(names):
+        setting, unused = LEFT_OUT.get(module) or LEFT_OUT[f"{module}.{name}"]
+        why = f"{module}.{name} is left out: {setting} was {unused[0]!r}" if setting else f"{module}.{name} is left out"
+        made.append(f"@dataclass(frozen=True)\nclass {name}:\n def __new__(cls, *a, **k):raise ImportError({why!r})")
+    return "\n".join([*made, ""]) if made else ""
+
+
+def _imports(statement: ast.stmt) -> Iterator[tuple[str, str, str]]:
+    """(bound name, module, member) of an import; the member is empty for `import module`."""
+    if isinstance(statement, ast.Import):
+        for alias in statement.names:
+            yield (alias.asname, alias.name, "") if alias.asname else (alias.name.partition(".")[0], alias.name.partition(".")[0], "")
+    elif isinstance(statement, ast.ImportFrom):
+        for alias in statement.names:
+            yield alias.asname or alias.name, statement.module or "", alias.name
+
+
+def _bound_by(statement: ast.stmt) -> list[str]:
+    """Names that a definition or assignment binds; for `x.y = z` the x, whose part it is."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement.name]
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return list(dict.fromkeys(root for target in targets for root in _roots(target)))
+    return []
+
+
+def _roots(target: ast.expr) -> Iterator[str]:
+    match target:
+        case ast.Name():
+            yield target.id
+        case ast.Attribute() | ast.Subscript() | ast.Starred():
+            yield from _roots(target.value)
+        case ast.Tuple() | ast.List():
+            for item in target.elts:
+                yield from _roots(item)
+
+
+def _registered_with(statement: ast.stmt) -> str:
+    """``operator`` for ``@operator.register_fake def _(...)`` and ``operator.register_autograd(...)``."""
+    node: Any = statement.value if isinstance(statement, ast.Expr) else next(iter(getattr(statement, "decorator_list", ())), None)
+    node = node.func if isinstance(node, ast.Call) else node
+    return node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
