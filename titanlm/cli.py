@@ -340,13 +340,13 @@ def _submission_build(args: argparse.Namespace) -> None:
 
 
 def _submission_verify(args: argparse.Namespace) -> int:
-    from titanlm.submission.verify import checks, summary
+    from titanlm.submission.verify import checks, tally
 
     found = []
     for check in checks(args.folder, max_tokens=args.max_tokens, data=args.data, tokenizer=args.tokenizer):
         print(printable(str(check)), flush=True)
         found.append(check)
-    print(summary(found))
+    print(tally(found))
     return int(any(check.state == "FAIL" for check in found))
 
 

@@ -19,7 +19,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ _FOREIGN_ARTIFACTS = (".ptz", ".bin", ".pt", ".pth", ".pkl", ".zst", ".br", ".xz
 def verify(folder: Path, *, max_tokens: int = 0, data: Path | None = None, tokenizer: Path | None = None, timeout_s: float = 3600.0) -> tuple[str, bool]:
     """A line for each check, and whether none failed; arguments and errors are those of ``checks``."""
     found = list(checks(folder, max_tokens=max_tokens, data=data, tokenizer=tokenizer, timeout_s=timeout_s))
-    return "\n".join([*map(str, found), summary(found)]), not any(check.state == "FAIL" for check in found)
+    return "\n".join([*map(str, found), tally(found)]), not any(check.state == "FAIL" for check in found)
 
 
-def summary(found: Sequence[Check]) -> str:
+def tally(found: Sequence[Check]) -> str:
     failed, skipped = (sum(check.state == state for check in found) for state in ("FAIL", "not checked"))
     return f"{len(found)} checks, {failed} failed, {skipped} not made"
 
