@@ -12,7 +12,7 @@ import torch
 
 from titanlm.check import Report, build_model, check, optimizer_claims, quantizer_claims, roles_of
 from titanlm.config import load
-from titanlm.errors import DataError, TitanError
+from titanlm.errors import ConfigError, DataError, TitanError
 
 
 def test_a_good_config(tiny: Path) -> None:
@@ -230,3 +230,18 @@ def test_muon_on_what_is_no_matrix_is_a_mistake_of_the_config(tiny: Path) -> Non
     assert len(problems) == 1
     assert problems[0].startswith("optimizer.0.params: ")
     assert "takes matrices only" in problems[0]
+
+
+def test_what_an_artifact_would_miss_is_one_line_each(tiny: Path) -> None:
+    report = check(load(tiny, ['--export.code=["nope.py"]']))
+    assert [line for line in report.problems if "nope.py" in line] == report.problems
+    assert len(report.problems) == 1
+    assert report.problems[0].startswith("export.code: 'nope.py' names no file")
+    pruned = ("--fitter=prune_ladder", "--export.max_bytes=1000000")
+    for quantizer, word in (('{name="int6",rounding="gptq"}', "fill the zeros"), ('{name="sdclip"}', "raise its k")):
+        assert [word in line for line in check(load(tiny, [f"--quantizer=[{quantizer}]", *pruned])).warnings].count(True) == 1
+
+
+def test_gptq_would_leave_the_levels_that_training_rounded_to(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="rounding: 'gptq' would leave the levels that qat trained"):
+        load(tiny, ['--quantizer=[{name="int6",qat=true,rounding="gptq"}]'])

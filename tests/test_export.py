@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from titanlm.exporters.encoding import decode_tensors
 from titanlm.models.layers.linear import Linear
 from titanlm.quantizers.rowwise import Rowwise
 from titanlm.registry import register
-from titanlm.targets import find_checkpoint
+from titanlm.targets import find_checkpoint, open_target
 from titanlm.tokenizers.training import train_sentencepiece
 from titanlm.train import Trainer
 
@@ -148,7 +149,7 @@ def scores(text: str) -> dict[str, float]:
 
 # ---------------------------------------------------------------- order and scores
 def test_the_order_of_finalize(tiny: Path, components: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train(tiny, "--adapter=lora", "--fitter=halve", "--export.max_bytes=999_999", '--quantizer=["int8"]')
+    run = train(tiny, "--adapter=lora", "--fitter=halve", "--export.max_bytes=999_999", '--quantizer=[{name="int8",rounding="gptq"}]')
     events: list[str] = []
 
     def record(owner: Any, name: str, event: str) -> None:
@@ -165,15 +166,48 @@ def test_the_order_of_finalize(tiny: Path, components: None, monkeypatch: pytest
         (export, "score_all", "score"),
         (export, "use_average", "average"),
         (Lora, "merge", "merge"),
+        (export, "hessians", "calibrate"),
         (Halve, "fit", "fit"),
         (ArtifactExporter, "size_bytes", "measure"),
-        (Rowwise, "encode", "encode"),
+        (Rowwise, "encode_calibrated", "encode"),
         (ArtifactExporter, "write", "write"),
         (ArtifactExporter, "read", "read"),
     ):
         record(owner, name, event)
     export_run(run)
-    assert events == ["score", "average", "score", "merge", "fit", "encode", "measure", "encode", "write", "read", "score"]
+    assert events == ["score", "average", "score", "merge", "calibrate", "fit", "encode", "measure", "encode", "write", "read", "score"]
+
+
+def test_gptq_is_calibrated_on_the_training_data_and_keeps_what_matrices_give(tiny: Path) -> None:
+    """Other levels than rounding to nearest, and less change of the outputs on the very positions that were read."""
+    coarse = '--quantizer=[{{name="sdclip",bits=5,k=20.0,params=["@matrix"],rounding="{}"}}]'
+    run = train(tiny, coarse.format("nearest"))
+    decoded = {}
+    for rounding in ("nearest", "gptq"):
+        path = run / f"{rounding}.titanlm"
+        export_run(run, output=path, overrides=[coarse.format(rounding), "--export.calibration_tokens=4096"])
+        decoded[rounding] = decode_tensors(read_artifact(path).tensors)
+    opened = open_target(run)
+    config = load(tiny, [coarse.format("gptq"), "--export.calibration_tokens=4096"])
+    moments = export.calibrate(config, opened.module, opened.tokenizer, torch.device("cpu"))
+    weights = dict(opened.module.model.named_parameters())
+    assert set(moments) == {name for name, role in opened.module.model.parameter_roles().items() if role == "matrix"}
+
+    def change(rounding: str, name: str) -> float:
+        error = (decoded[rounding][name].float() - weights[name].detach()).double()
+        return float(((error @ moments[name].double()) * error).sum())
+
+    assert all(not torch.equal(decoded["nearest"][name], decoded["gptq"][name]) for name in moments)
+    assert sum(change("gptq", name) for name in moments) < 0.9 * sum(change("nearest", name) for name in moments)
+    assert export.calibrate(load(tiny, [coarse.format("nearest")]), opened.module, opened.tokenizer, torch.device("cpu")) == {}
+
+
+def test_a_codec_that_is_missing_is_told_before_anything_is_scored(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tiny, steps=1)
+    monkeypatch.setattr(export, "score_all", lambda *arguments: pytest.fail("scored first"))
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    with pytest.raises(ArtifactError, match="brotli"):
+        export_run(run, overrides=["--export.exporter.codec=brotli"])
 
 
 def test_three_scores_and_the_size_are_printed(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

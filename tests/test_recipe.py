@@ -600,3 +600,16 @@ def test_train_stages_run_on_several_processes(tiny: Path, tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-m", "titanlm", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out" / "tiny" / "checkpoints" / "step-00000003").iterdir()} >= {"own-00000.safetensors", "own-00001.safetensors"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_golf_recipe_runs_to_its_end_at_scale_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As shipped: tokenizer, shards, training, an artifact under its limit, its score."""
+    out = tmp_path / "golf"
+    assert cli.main(["recipe", "run", str(ROOT / "recipes" / "golf"), "--scale", "smoke", "--output", str(out)]) == 0
+    assert (out / "golf.titanlm").stat().st_size <= config.load(ROOT / "train_configs" / "golf" / "smoke.toml").export.max_bytes
+    scored = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert next(row for row in reversed(scored) if "validation/sliding/averaged_bits_per_byte" in row)["validation/sliding/averaged_bits_per_byte"] < 2.6
+    assert cli.main(["recipe", "run", str(ROOT / "recipes" / "golf"), "--scale", "smoke", "--output", str(out)]) == 0
+    assert capsys.readouterr().out.count("finished before") == 6

@@ -111,8 +111,8 @@ def _check(config: RunConfig) -> Report:
             report.problems.append(f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set")
         else:
             report.attempt("fitter", lambda: _fitter(config))
-        if any(getattr(quantizer.config, "rounding", "nearest") == "gptq" for quantizer in config.quantizer):
-            report.warnings.append("fitter: quantizers with rounding = 'gptq' fill the zeros that it makes, and each trial rounds anew; use one of both")
+    report.warnings += artifact_warnings(config)
+    report.attempt("export.exporter", lambda: config.export.exporter.build(model=report.model, tokenizer=report.tokenizer, run_dir=Path()))
     if config.export.code:
         from titanlm.export import code_files  # which builds on this module
 
@@ -132,6 +132,16 @@ def _check(config: RunConfig) -> Report:
     for name in sorted({name for name in names if names.count(name) > 1}):
         report.problems.append(f"validation: two sets are named {name!r}; give each a `name` of its own")
     return report
+
+
+def artifact_warnings(config: RunConfig) -> Iterator[str]:
+    """What does not work well together when an artifact is made."""
+    if config.fitter is None:
+        return
+    if any(getattr(quantizer.config, "rounding", "nearest") == "gptq" for quantizer in config.quantizer):
+        yield "fitter: quantizers with rounding = 'gptq' fill the zeros that it makes, and each trial rounds anew; use one of both"
+    if any(quantizer.name == "sdclip" for quantizer in config.quantizer):
+        yield "fitter: with quantizer 'sdclip' many weights are 0 already and pruning moves its grid; raise its k instead"
 
 
 def clock_warnings(config: RunConfig) -> Iterator[str]:

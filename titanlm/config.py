@@ -274,7 +274,7 @@ class Export:
     dtype: Literal["float32", "bfloat16", "float16"] = "float16"
     """Of tensors that no quantizer takes."""
     calibration_tokens: PositiveInt = 262_144
-    """Positions of the training data from which quantizers with `rounding = "gptq"` learn what their matrices meet."""
+    """Positions of the training data, padding included, from which quantizers with `rounding = "gptq"` learn what their matrices meet."""
     exporter: Annotated[Component, Slot("exporter")] = _default("exporter")
 
     def __post_init__(self) -> None:

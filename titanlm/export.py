@@ -2,7 +2,8 @@
 
 The order is fixed: averaged weights, adapters merged, calibrated, fitted to the
 limit, encoded, written, read back from disk, scored. The scores before and after
-stand side by side, because a quantizer's cost is only visible that way. What
+stand side by side, because a quantizer's cost is only visible that way; those
+before are of unrounded weights, also where training rounded them. What
 counts against the limit stands below them, by kind of tensor.
 """
 
@@ -12,6 +13,7 @@ import glob
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from titanlm import checkpoint
 from titanlm.calibration import hessians
-from titanlm.check import build_model, quantizer_claims
+from titanlm.check import artifact_warnings, build_model, quantizer_claims
 from titanlm.config import Export, RunConfig, Validation, dump, loads
 from titanlm.device import choose_device
 from titanlm.errors import ArtifactError, ConfigError, TitanError
@@ -115,12 +117,20 @@ def export_run(
     config = loads(saved.config_toml, f"{folder}/config.toml", overrides)
     if config.fitter is not None and config.export.max_bytes is None:
         raise ConfigError([f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set"], "export")
-    code_bytes = sum(path.stat().st_size for path in code_files(config.export))
+    for warning in artifact_warnings(config):
+        print(f"WARNING: {warning}", file=sys.stderr)
+    try:
+        code_bytes = sum(path.stat().st_size for path in code_files(config.export))
+    except ValueError as error:
+        raise ConfigError([f"export.code: {error}"], "export") from error
+    fitter = None if config.fitter is None else config.fitter.build(max_bytes=config.export.max_bytes)
     tokenizer = config.tokenizer.build()
     require_tokenizer(tokenizer, state["fingerprints"]["tokenizer"], str(folder))
     # A checkpoint that was copied elsewhere has no run folder; its artifact goes beside it.
     run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
+    # Before the first score, which may take long: a codec whose package is missing, say.
+    exporter = config.export.exporter.build(model=build_model(replace(config, adapter=None), tokenizer), tokenizer=tokenizer, run_dir=run_dir)
     module = materialise(config, tokenizer, state["model"], chosen, str(folder))
     rows: list[tuple[str, list[Scores]]] = [("raw", score_all(module, config, tokenizer, chosen))]
     if config.averager is not None and state["averagers"]:
@@ -128,7 +138,6 @@ def export_run(
         rows.append(("averaged", score_all(module, config, tokenizer, chosen)))
     tensors, plain = merged_weights(config, module.model, tokenizer)
 
-    exporter = config.export.exporter.build(model=module.model, tokenizer=tokenizer, run_dir=run_dir)
     request = ExportRequest(
         path=output or run_dir / "artifact.titanlm",
         config_toml=dump(plain),
@@ -142,8 +151,7 @@ def export_run(
     shape = build_model(plain, tokenizer)
     merged = module if config.adapter is None else materialise(plain, tokenizer, tensors, chosen, "merged weights")
     moments = calibrate(plain, merged, tokenizer, chosen)
-    if config.fitter is not None:
-        fitter = config.fitter.build(max_bytes=config.export.max_bytes)
+    if fitter is not None:
         tensors = fitter.fit(tensors, lambda tensors: exporter.size_bytes(encode_tensors(config, shape, tensors, moments), request))
     encoded = encode_tensors(config, shape, tensors, moments)
     report = exporter.write(encoded, request)
@@ -155,14 +163,14 @@ def export_run(
 
 
 def code_files(export: Export) -> list[Path]:
-    """The files that `export.code` names, each once, however often it is named; ConfigError for an entry that names none."""
+    """The files that `export.code` names, each once, however often it is named; ValueError for an entry that names none."""
     found: dict[Path, None] = {}
     for entry in export.code:
         pattern = os.path.expanduser(entry)
         # A name that has brackets in it is a name first.
         names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
         if not names:
-            raise ConfigError([f"export.code: {entry!r} names no file (looked in {os.getcwd()}); name the files that a submission ships, or []"], "export")
+            raise ValueError(f"{entry!r} names no file (looked in {os.getcwd()}); name the files that a submission ships, or []")
         found |= dict.fromkeys(Path(name).resolve() for name in names)
     return list(found)
 

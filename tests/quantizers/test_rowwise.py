@@ -265,7 +265,7 @@ def test_a_tensor_that_is_no_larger_is_left(name: str) -> None:
 def test_settings_of_the_encoder_alone_are_not_stored(name: str) -> None:
     """So that artifacts written before there were any are read, and a decoder need not know them."""
     w = torch.randn(4, 8, generator=torch.Generator().manual_seed(10))
-    quantizer = build(name, clip_quantile=0.5, above_elements=3, rounding="gptq", qat=True)
+    quantizer = build(name, clip_quantile=0.5, above_elements=3, rounding="gptq")
     encoded = quantizer.encode(w)
     assert encoded.settings == {"scale_dtype": "float16"}
     assert torch.equal(decode_tensors({"w": encoded})["w"], quantizer.decode(encoded))

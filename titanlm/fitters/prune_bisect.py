@@ -23,7 +23,7 @@ class PruneBisectConfig:
     tolerance: PositiveFloat = 0.001
     """The fraction kept fits, and one smaller by at most this was tried and did not. 0.2 / 0.001 takes at most 10 exports."""
     smallest: Literal["row", "tensor"] = "row"
-    """What is small. "row": |w| / max|row|, ranked over all matrices together. That is the place of a weight on its quantizer's grid, so rows with
+    """What is small. "row": |w| / max|row|, ranked over all matrices together. That is the place of a weight on a grid made by the largest, so rows with
     outliers give more and dense ones less. "tensor": |w|, the same share of every matrix, as prune_ladder does."""
     above_elements: NonNegativeInt = 65_536
     """Matrices of so many elements or fewer are left alone."""

@@ -8,7 +8,8 @@ and 4.2 % at 6. Measured on 27 M Gaussian parameters at 5 to 8 bits, zstd 1:
 Small by matrix (``prune_each``) takes the same share of every matrix, and of a
 row of small weights all of it. Small beside the largest weight of the row
 (``prune_rows``) is small on the quantizer's grid: it is ranked over all
-matrices together, and no row loses its largest weight, so no grid moves.
+matrices together, and no row loses its largest weight, so no grid moves that
+is made by it (that of ``sdclip`` is made by the deviation of a row, and moves).
 
 A quantile is an order statistic. torch.quantile used to refuse more than 2^24
 elements; a selection does not, and no interpolation is needed: a weight lies

@@ -72,6 +72,10 @@ class RowwiseConfig:
     gptq_damp: PositiveFloat = 0.01
     """Added to the diagonal of the inputs' second moments, as a share of its mean."""
 
+    def __post_init__(self) -> None:
+        if self.qat and self.rounding == "gptq":
+            raise ValueError("rounding: 'gptq' would leave the levels that qat trained; use 'nearest', or qat = false")
+
 
 @dataclass(frozen=True)
 class IntConfig(RowwiseConfig):

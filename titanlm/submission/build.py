@@ -155,7 +155,7 @@ def _submitted(config: RunConfig) -> RunConfig:
         data=replace(config.data, workers=0),
         parallel=replace(config.parallel, strategy="none"),
         checkpoint=replace(config.checkpoint, copy_to="", best="", resume="auto"),
-        export=replace(config.export, at_end=False),
+        export=replace(config.export, at_end=False, code=()),
         logger=(Component.named("logger", "golf"), Component.named("logger", "jsonl")),
         profile=None,
     )
@@ -241,10 +241,11 @@ def _metrics(run: Path) -> Iterator[dict[str, Any]]:
 # ---------------------------------------------------------------- files
 def requirements(code: Bundle, config: RunConfig) -> list[str]:
     """``package==version`` of what the script imports beyond the standard library, as installed here."""
-    # The codec's package is imported by a name that is put together.
-    codec = {"zstd": "zstandard", "brotli": "brotli"}.get(getattr(config.export.exporter.config, "codec", ""), "")
+    # The codec's package is imported by a name that is put together; with "auto" any of them may be needed.
+    codec = getattr(config.export.exporter.config, "codec", "")
+    codecs = [package for name, package in (("zstd", "zstandard"), ("brotli", "brotli")) if codec in (name, "auto")]
     owners = importlib.metadata.packages_distributions()
-    packages = {owners[name][0] for name in (*code.packages, codec) if name in owners and name not in sys.stdlib_module_names}
+    packages = {owners[name][0] for name in (*code.packages, *codecs) if name in owners and name not in sys.stdlib_module_names}
     return sorted(f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in packages)
 
 
