@@ -112,7 +112,6 @@ def _check(config: RunConfig) -> Report:
         else:
             report.attempt("fitter", lambda: _fitter(config))
     report.warnings += artifact_warnings(config)
-    report.attempt("export.exporter", lambda: config.export.exporter.build(model=report.model, tokenizer=report.tokenizer, run_dir=Path()))
     if config.export.code:
         from titanlm.export import code_files  # which builds on this module
 

@@ -129,9 +129,9 @@ def export_run(
     # A checkpoint that was copied elsewhere has no run folder; its artifact goes beside it.
     run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
-    # Before the first score, which may take long: a codec whose package is missing, say.
-    exporter = config.export.exporter.build(model=build_model(replace(config, adapter=None), tokenizer), tokenizer=tokenizer, run_dir=run_dir)
     module = materialise(config, tokenizer, state["model"], chosen, str(folder))
+    # Before the first score, which may take long: the package of a codec may be missing.
+    exporter = config.export.exporter.build(model=module.model, tokenizer=tokenizer, run_dir=run_dir)
     rows: list[tuple[str, list[Scores]]] = [("raw", score_all(module, config, tokenizer, chosen))]
     if config.averager is not None and state["averagers"]:
         use_average(config, module.model, state["averagers"][0])

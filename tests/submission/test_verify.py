@@ -475,7 +475,9 @@ def test_an_interrupt_leaves_no_folder_and_no_process(tmp_path: Path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", None)
     mark = tmp_path / "pid"
     folder, data, tokenizer = ours(tmp_path / "ours", f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
-    command = f"import pathlib\nfrom titanlm.submission.verify import verify\nverify({folder!r}, data={data!r}, tokenizer={tokenizer!r})".replace(
+    # A shell's background job, such as a whole test run, may have been told to ignore Ctrl-C.
+    heeding = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = heeding + f"import pathlib\nfrom titanlm.submission.verify import verify\nverify({folder!r}, data={data!r}, tokenizer={tokenizer!r})".replace(
         "PosixPath", "pathlib.Path"
     )
     child = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE, text=True)
