@@ -12,6 +12,7 @@ import torch
 
 from titanlm.check import Report, build_model, check, optimizer_claims, quantizer_claims, roles_of
 from titanlm.config import load
+from titanlm.course import horizon_of
 from titanlm.errors import ConfigError, DataError, TitanError
 
 
@@ -238,8 +239,27 @@ def test_what_an_artifact_would_miss_is_one_line_each(tiny: Path) -> None:
     assert len(report.problems) == 1
     assert report.problems[0].startswith("export.code: 'nope.py' names no file")
     pruned = ("--fitter=prune_ladder", "--export.max_bytes=1000000")
-    for quantizer, word in (('{name="int6",rounding="gptq"}', "fill the zeros"), ('{name="sdclip"}', "raise its k")):
+    for quantizer, word in (('{name="int6",rounding="gptq"}', "fill the zeros"), ('{name="sdclip"}', "use fitter 'clip_dial'")):
         assert [word in line for line in check(load(tiny, [f"--quantizer=[{quantizer}]", *pruned])).warnings].count(True) == 1
+
+
+def test_the_dial_has_something_to_turn_that_was_not_trained(tiny: Path) -> None:
+    dialled = ("--fitter=clip_dial", "--export.max_bytes=1000000")
+    assert [line for line in check(load(tiny, ['--quantizer=[{name="int6"}]', *dialled])).problems if "'clip_dial' turns quantizers such as 'sdclip'" in line]
+    for settings, moved in (("", False), (",qat=true", True)):
+        report = check(load(tiny, [f'--quantizer=[{{name="sdclip"{settings}}}]', *dialled]))
+        assert not report.problems
+        assert any("moves the levels that qat trained" in line for line in report.warnings) == moved
+
+
+def test_calibration_has_a_share_of_the_clock(tiny: Path) -> None:
+    gptq = ("--train.max_wallclock_s=60", '--quantizer=[{name="sdclip",rounding="gptq"}]')
+    for reserve, warned in ((0, True), (4, False)):
+        config = load(tiny, [*gptq, f"--export.calibration_reserve_s={reserve}"])
+        assert any("export.calibration_reserve_s: 0, so what 'gptq' reads" in line for line in check(config).warnings) == warned
+        assert horizon_of(config).max_wallclock_s == 60 - reserve
+    with pytest.raises(ConfigError, match="export.calibration_reserve_s: leaves nothing of train.max_wallclock_s = 60"):
+        load(tiny, [*gptq, "--export.calibration_reserve_s=60"])
 
 
 def test_gptq_would_leave_the_levels_that_training_rounded_to(tiny: Path) -> None:

@@ -175,6 +175,7 @@ def test_eval_export_and_generate_hand_over_their_options(modules: Any, capsys: 
     pairs = [("evaluate", evaluate.evaluate_target), ("export", export.export_run), ("generate", generate.generate_text)]
     for (name, real), result in zip(pairs, ["scores", "written", iter(["a", "bc"])], strict=True):
         modules.stand_in(name, **{real.__name__: recorder(name, real, result)})
+    modules.stand_in("exported", describe=str, as_json=str)
     assert cli.main(["eval", "runs/a", "--averaged", "--json", "--import", "m", "--train.seq_len=3"]) == 0
     assert cli.main(["export", "runs/a", "--step=5", "--output=x.titanlm", "--device", "cpu", "--export.max_bytes=9"]) == 0
     assert cli.main(["generate", "runs/a", "--prompt", "p: ", "--top-k=4", "--seed=1"]) == 0

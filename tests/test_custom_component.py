@@ -28,7 +28,7 @@ from titanlm import checkpoint, registry
 from titanlm.batch import IGNORE, Batch
 from titanlm.data import validation_batches
 from titanlm.errors import ArtifactError, DataError
-from titanlm.exporters.encoding import ExportRequest
+from titanlm.exporters.encoding import Candidate, ExportRequest
 from titanlm.losses.chunked import loss_sums
 from titanlm.patterns import NamedParam
 from titanlm.precision import set_precision
@@ -469,21 +469,23 @@ def test_zero_smallest_takes_as_few_as_it_can() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {"a": torch.randn(64, 64, generator=generator), "b": 100 * torch.randn(32, 32, generator=generator), "norm": torch.full((8,), 1e-9)}
 
-    def size_bytes(tensors: dict[str, torch.Tensor]) -> int:
-        return sum(int(tensor.count_nonzero()) for tensor in tensors.values())
+    def size_bytes(candidate: Candidate) -> int:
+        return sum(int(tensor.count_nonzero()) for tensor in candidate.tensors.values())
 
     fit = Component.named("fitter", "zero_smallest", halvings=12).build(max_bytes=4000).fit
-    fitted = fit(tensors, size_bytes)
-    assert 3990 <= size_bytes(fitted) <= 4000
+    found = fit(Candidate(tensors), size_bytes)
+    assert 3990 <= size_bytes(found) <= 4000
+    assert 0 < found.chosen["zero_fraction"] < 0.25
+    fitted = found.tensors
     assert torch.equal(fitted["norm"], tensors["norm"])
     for name in ("a", "b"):  # the small ones are gone, the others untouched, and both tensors lose the same share
         zero = fitted[name] == 0
         assert float(tensors[name][zero].abs().max()) <= float(tensors[name][~zero].abs().min())
         assert torch.equal(fitted[name][~zero], tensors[name][~zero])
         assert float(zero.float().mean()) == pytest.approx(1120 / 5120, abs=0.02)
-    assert fit(fitted, size_bytes) is fitted
+    assert fit(found, size_bytes) is found
     with pytest.raises(ArtifactError, match="over export.max_bytes = 5"):
-        Component.named("fitter", "zero_smallest").build(max_bytes=5).fit(tensors, size_bytes)
+        Component.named("fitter", "zero_smallest").build(max_bytes=5).fit(Candidate(tensors), size_bytes)
 
 
 @pytest.mark.usefixtures("zoo")

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from titanlm.config import load, loads
 from titanlm.errors import ArtifactError, CheckpointError, ConfigError
 from titanlm.evaluate import evaluate_target
 from titanlm.export import encode_tensors, export_run
+from titanlm.exported import as_json, describe
 from titanlm.exporters.artifact import ArtifactExporter, inspect, read_artifact
-from titanlm.exporters.encoding import decode_tensors
+from titanlm.exporters.encoding import Candidate, decode_tensors
 from titanlm.models.layers.linear import Linear
 from titanlm.quantizers.rowwise import Rowwise
 from titanlm.registry import register
@@ -53,12 +54,13 @@ class Halve:
     def __init__(self, config: HalveConfig, *, max_bytes: int) -> None:
         self.max_bytes = max_bytes
 
-    def fit(self, tensors: dict[str, Tensor], size_bytes: Callable[[dict[str, Tensor]], int]) -> dict[str, Tensor]:
+    def fit(self, candidate: Candidate, size_bytes: Callable[[Candidate], int]) -> Candidate:
         kept = 1.0
-        while size_bytes(tensors) > self.max_bytes:
+        while size_bytes(candidate) > self.max_bytes:
             kept /= 2
-            tensors = {name: _top(tensor, kept) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
-        return tensors
+            tensors = {name: _top(tensor, kept) if tensor.ndim == 2 else tensor for name, tensor in candidate.tensors.items()}
+            candidate = replace(candidate, tensors=tensors, chosen={"kept": kept})
+        return candidate
 
 
 def _top(tensor: Tensor, share: float) -> Tensor:
@@ -140,6 +142,10 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def average_of(run: Path, step: int) -> dict[str, Tensor]:
     average: dict[str, Tensor] = checkpoint.load(run / "checkpoints" / f"step-{step:08d}").state["averagers"][0]["average"]
     return average
+
+
+def export_text(run: Path, **settings: Any) -> str:
+    return describe(export_run(run, **settings))
 
 
 def scores(text: str) -> dict[str, float]:
@@ -230,14 +236,14 @@ def test_three_scores_and_the_size_are_printed(tiny: Path, capsys: pytest.Captur
 
 def test_a_run_without_an_average_has_two_scores(tiny: Path) -> None:
     tiny.write_text(tiny.read_text().replace('[averager]\nname = "ema"\ndecay = 0.9\n', ""))
-    assert list(scores(export_run(train(tiny, steps=2)))) == ["raw", "after round trip"]
+    assert list(scores(export_text(train(tiny, steps=2)))) == ["raw", "after round trip"]
 
 
 # ---------------------------------------------------------------- what is in it
 def test_quantized_within_the_limit_and_close(tiny: Path) -> None:
     run = train(tiny, "--export.max_bytes=31_000")
-    plain = scores(export_run(run, overrides=["--export.max_bytes=99_999", "--export.dtype=float32"]))
-    quantized = scores(export_run(run, overrides=[QUANTIZERS]))
+    plain = scores(export_text(run, overrides=["--export.max_bytes=99_999", "--export.dtype=float32"]))
+    quantized = scores(export_text(run, overrides=[QUANTIZERS]))
     assert plain["after round trip"] == plain["averaged"] == quantized["averaged"]
     assert quantized["after round trip"] == pytest.approx(plain["averaged"], abs=0.02)
     header = inspect(run / "artifact.titanlm")
@@ -330,7 +336,7 @@ def test_a_fitter_makes_it_fit(tiny: Path, components: None) -> None:
     run = train(tiny)
     with pytest.raises(ArtifactError, match="over export.max_bytes = 40,000"):
         export_run(run, overrides=["--export.max_bytes=40_000"])
-    text = export_run(run, overrides=["--export.max_bytes=40_000", "--fitter=halve"])
+    text = export_text(run, overrides=["--export.max_bytes=40_000", "--fitter=halve"])
     assert (run / "artifact.titanlm").stat().st_size <= 40_000
     written = tensors_of(run / "artifact.titanlm")
     assert (written["embedding.weight"] == 0).float().mean() >= 0.5
@@ -352,7 +358,7 @@ def test_pruning_makes_it_fit(tiny: Path, name: str, capsys: pytest.CaptureFixtu
     with pytest.raises(ArtifactError, match=f"over export.max_bytes = {limit:,}"):
         export_run(run, overrides=[f"--export.max_bytes={limit}"])
     capsys.readouterr()
-    text = export_run(run, overrides=[f"--export.max_bytes={limit}", f'--fitter={{name="{name}",above_elements=500}}'])
+    text = export_text(run, overrides=[f"--export.max_bytes={limit}", f'--fitter={{name="{name}",above_elements=500}}'])
     trials = re.findall(r"^prune_trial:(\S+) artifact:(\d+) (\w+)", capsys.readouterr().err, re.MULTILINE)
     valid = {int(size) for _, size, verdict in trials if verdict == "VALID"}
     assert artifact.stat().st_size in valid
@@ -372,7 +378,7 @@ def test_code_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / name).write_bytes(b"#" * n_bytes)
     monkeypatch.chdir(folder)
     for code, n_bytes in (([], 0), (["train_gpt.py"], 1000), (["**/*.py", str(folder / "train_gpt.py")], 1230), (["notes[1].txt"], 4)):
-        text = export_run(run, overrides=[f"--export.code={json.dumps(code)}"])
+        text = export_text(run, overrides=[f"--export.code={json.dumps(code)}"])
         assert re.search(rf"^  code +{n_bytes:,}$", text, re.MULTILINE)
         total = (run / "artifact.titanlm").stat().st_size + n_bytes
         assert f"{run / 'artifact.titanlm'}: {total:,} bytes" in text
@@ -386,30 +392,30 @@ def test_code_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_budget_by_groups(tiny: Path) -> None:
     run = train(tiny, QUANTIZERS, steps=2)
-    text = export_run(run, overrides=["--export.max_bytes=99_999"])
+    text = export_text(run, overrides=["--export.max_bytes=99_999"])
     rows = dict(re.findall(r"^  (\w+) +(int6|int8|float16) ", text, re.MULTILINE))
     assert rows == {"attention": "int6", "feed_forward": "int6", "embedding": "int8", "norms": "float16"}
-    read = json.loads(export_run(run, overrides=["--export.max_bytes=99_999"], as_json=True))
+    read = json.loads(as_json(export_run(run, overrides=["--export.max_bytes=99_999"])))
     budget = read["budget"]
     assert budget["total_bytes"] == read["n_bytes"] == (run / "artifact.titanlm").stat().st_size
     assert sum(group["n_parameters"] for group in budget["groups"]) == sum(tensor.numel() for tensor in tensors_of(run / "artifact.titanlm").values())
     assert all(group["entropy"] < group["bits"] < group["entropy"] * 1.2 for group in budget["groups"] if group["entropy"])
     name = read["validation"].popitem()[0]
-    read = json.loads(export_run(run, overrides=["--export.max_bytes=99_999"], as_json=True))
+    read = json.loads(as_json(export_run(run, overrides=["--export.max_bytes=99_999"])))
     assert {row: round(values["loss"], 4) for row, values in read["validation"][name].items()} == scores(text)
     assert re.search(rf"^  left of 99,999 +{99_999 - read['n_bytes']:,}$", text, re.MULTILINE)
 
 
 def test_codecs_that_were_tried_are_told(tiny: Path) -> None:
     run = train(tiny, QUANTIZERS, steps=2)
-    text = export_run(run, overrides=["--export.exporter.codec=auto"])
+    text = export_text(run, overrides=["--export.exporter.codec=auto"])
     told = re.findall(r"^codec (\w+): ([\d,]+) bytes of payload in [\d.]+ s$", text, re.MULTILINE)
     assert {"zstd", "lzma", "zlib", "none"} <= {codec for codec, _ in told}
     sizes = [int(size.replace(",", "")) for _, size in told]
     header = inspect(run / "artifact.titanlm")
     assert sizes == sorted(sizes)
     assert (header.codec, header.payload_bytes) == (told[0][0], sizes[0])
-    assert "codec " not in export_run(run)
+    assert "codec " not in export_text(run)
 
 
 def test_values_beyond_the_dtype_are_refused(tiny: Path) -> None:
@@ -438,7 +444,7 @@ def test_an_adapter_is_trained_alone_and_merged(tiny: Path, components: None) ->
     assert state["optimizers"][0]["params"].keys() == added
     assert all(state["model"][name].abs().sum() > 0 for name in added)
 
-    text = export_run(run)
+    text = export_text(run)
     written, average = tensors_of(run / "artifact.titanlm"), average_of(run, 8)
     assert written.keys() == initial.keys()
     for name, tensor in written.items():
@@ -473,15 +479,15 @@ def test_an_embedded_tokenizer_travels(spoken: Path, tiny: Path, tmp_path: Path,
 
 
 def test_a_tokenizer_beside_the_artifact(spoken: Path, tiny: Path, tmp_path: Path) -> None:
-    embedded = export_run(spoken)
+    embedded = export_text(spoken)
     size = (spoken / "artifact.titanlm").stat().st_size
-    text = export_run(spoken, overrides=["--export.tokenizer=beside"])
+    text = export_text(spoken, overrides=["--export.tokenizer=beside"])
     beside, artifact = spoken / "tokenizer.model", spoken / "artifact.titanlm"
     assert beside.read_bytes() == (tiny.parent / "spm.model").read_bytes()
     assert artifact.stat().st_size < size
     assert f"{artifact.stat().st_size + beside.stat().st_size:,} bytes" in text  # both count
     assert scores(text) == scores(embedded)
-    free = export_run(spoken, overrides=["--export.tokenizer=beside", "--export.count_tokenizer=false"])
+    free = export_text(spoken, overrides=["--export.tokenizer=beside", "--export.count_tokenizer=false"])
     assert f"{artifact}: {artifact.stat().st_size:,} bytes (" in free
     assert re.search(rf"^  tokenizer \(beside, not counted\) +{beside.stat().st_size:,}$", free, re.MULTILINE)
     with pytest.raises(ConfigError, match='export.count_tokenizer: a tokenizer inside the artifact always counts; use tokenizer = "beside"'):

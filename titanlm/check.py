@@ -109,6 +109,8 @@ def _check(config: RunConfig) -> Report:
     if config.fitter is not None:
         if config.export.max_bytes is None:
             report.problems.append(f"fitter: {config.fitter.name!r} fits an artifact to export.max_bytes, which is not set")
+        elif config.fitter.name == "clip_dial" and not any(hasattr(quantizer.config, "coarser") for quantizer in config.quantizer):
+            report.problems.append("fitter: 'clip_dial' turns quantizers such as 'sdclip', and the config has none; use one, or a fitter that prunes")
         else:
             report.attempt("fitter", lambda: _fitter(config))
     report.warnings += artifact_warnings(config)
@@ -135,12 +137,19 @@ def _check(config: RunConfig) -> Report:
 
 def artifact_warnings(config: RunConfig) -> Iterator[str]:
     """What does not work well together when an artifact is made."""
+    calibrated = any(getattr(quantizer.config, "rounding", "nearest") == "gptq" for quantizer in config.quantizer)
+    if calibrated and config.train.max_wallclock_s is not None and not config.export.calibration_reserve_s:
+        yield "export.calibration_reserve_s: 0, so what 'gptq' reads of the training data comes after train.max_wallclock_s; Parameter Golf counts it"
     if config.fitter is None:
         return
-    if any(getattr(quantizer.config, "rounding", "nearest") == "gptq" for quantizer in config.quantizer):
+    if config.fitter.name == "clip_dial":
+        if any(hasattr(quantizer.config, "coarser") and getattr(quantizer.config, "qat", False) for quantizer in config.quantizer):
+            yield "fitter: 'clip_dial' moves the levels that qat trained; set the quantizer's k before training instead"
+        return
+    if calibrated:
         yield "fitter: quantizers with rounding = 'gptq' fill the zeros that it makes, and each trial rounds anew; use one of both"
     if any(quantizer.name == "sdclip" for quantizer in config.quantizer):
-        yield "fitter: with quantizer 'sdclip' many weights are 0 already and pruning moves its grid; raise its k instead"
+        yield "fitter: with quantizer 'sdclip' many weights are 0 already and pruning moves its grid; use fitter 'clip_dial'"
 
 
 def clock_warnings(config: RunConfig) -> Iterator[str]:

@@ -85,9 +85,11 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from titanlm.export import export_run
+    from titanlm.exported import as_json, describe
 
     which = {"overrides": args.overrides, "imports": args.imports, "device": args.device, "step": args.step}
-    print(export_run(args.run_dir, **which, output=args.output, as_json=args.json))
+    exported = export_run(args.run_dir, **which, output=args.output)
+    print(as_json(exported) if args.json else describe(exported))
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -275,6 +275,8 @@ class Export:
     """Of tensors that no quantizer takes."""
     calibration_tokens: PositiveInt = 262_144
     """Positions of the training data, padding included, from which quantizers with `rounding = "gptq"` learn what their matrices meet."""
+    calibration_reserve_s: NonNegativeFloat = 0.0
+    """Seconds of `train.max_wallclock_s` that training leaves to calibration, for challenges that count reading training data as training."""
     exporter: Annotated[Component, Slot("exporter")] = _default("exporter")
 
     def __post_init__(self) -> None:
@@ -321,6 +323,8 @@ class RunConfig:
             raise ValueError("dataset: excludes `data.source`; move it there as one more [[data.source]]")
         if self.dataset is None and not self.data.source:
             object.__setattr__(self, "dataset", Component.named("dataset", DEFAULTS["dataset"]))
+        if (limit := self.train.max_wallclock_s) is not None and self.export.calibration_reserve_s >= limit:
+            raise ValueError(f"export.calibration_reserve_s: leaves nothing of train.max_wallclock_s = {limit:g} to train in")
         labels = [source.label for source in self.data.source]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"data.source: two sources are called {label!r}; give each a `name` of its own")

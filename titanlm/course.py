@@ -11,7 +11,9 @@ from titanlm.registry import Component
 
 
 def horizon_of(config: RunConfig) -> Horizon:
-    return Horizon(config.train.steps, config.train.max_wallclock_s)
+    """Where training ends; the calibration that follows may have a share of its time."""
+    limit_s = config.train.max_wallclock_s
+    return Horizon(config.train.steps, None if limit_s is None else limit_s - config.export.calibration_reserve_s)
 
 
 def phases_of(config: RunConfig, world: World, horizon: Horizon) -> Phases:

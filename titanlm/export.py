@@ -10,12 +10,11 @@ counts against the limit stands below them, by kind of tensor.
 from __future__ import annotations
 
 import glob
-import json
-import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +28,8 @@ from titanlm.config import Export, RunConfig, Validation, dump, loads
 from titanlm.device import choose_device
 from titanlm.errors import ArtifactError, ConfigError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, score
-from titanlm.exporters.budget import Budget, measure
-from titanlm.exporters.encoding import Encoded, ExportReport, ExportRequest
+from titanlm.exported import Exported
+from titanlm.exporters.encoding import Candidate, Encoded, ExportRequest
 from titanlm.targets import find_checkpoint, import_outside, materialise, require_tokenizer, use_average
 from titanlm.weights import unique_names
 
@@ -101,13 +100,14 @@ def export_run(
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),
     device: str = "auto",
-    as_json: bool = False,
-) -> str:
-    """Export a run's checkpoint; the text to print.
+    scored: bool = True,
+) -> Exported:
+    """Export a run's checkpoint.
 
     ``overrides`` change the stored config, so other quantizers or limits can be
-    tried on a finished run. Raises ArtifactError when the limit is exceeded,
-    ConfigError when `export.code` names a file that is not there.
+    tried on a finished run. Without ``scored`` the file is written and read
+    back only. Raises ArtifactError when the limit is exceeded, ConfigError when
+    `export.code` names a file that is not there.
     """
     import_outside(imports)
     chosen = choose_device(device)
@@ -132,10 +132,11 @@ def export_run(
     module = materialise(config, tokenizer, state["model"], chosen, str(folder))
     # Before the first score, which may take long: the package of a codec may be missing.
     exporter = config.export.exporter.build(model=module.model, tokenizer=tokenizer, run_dir=run_dir)
-    rows: list[tuple[str, list[Scores]]] = [("raw", score_all(module, config, tokenizer, chosen))]
+    entries = config.validation if scored else ()
+    rows = [("raw", score_all(module, config, entries, tokenizer, chosen))]
     if config.averager is not None and state["averagers"]:
         use_average(config, module.model, state["averagers"][0])
-        rows.append(("averaged", score_all(module, config, tokenizer, chosen)))
+        rows.append(("averaged", score_all(module, config, entries, tokenizer, chosen)))
     tensors, plain = merged_weights(config, module.model, tokenizer)
 
     request = ExportRequest(
@@ -150,16 +151,24 @@ def export_run(
     )
     shape = build_model(plain, tokenizer)
     merged = module if config.adapter is None else materialise(plain, tokenizer, tensors, chosen, "merged weights")
+    began = time.perf_counter()
     moments = calibrate(plain, merged, tokenizer, chosen)
+    calibration_s = time.perf_counter() - began
+
+    def handed_over(candidate: Candidate) -> tuple[dict[str, Encoded | Tensor], ExportRequest]:
+        own = replace(plain, quantizer=candidate.quantizers)
+        return encode_tensors(own, shape, candidate.tensors, moments), replace(request, config_toml=dump(own))
+
+    candidate = Candidate(tensors, plain.quantizer)
     if fitter is not None:
-        tensors = fitter.fit(tensors, lambda tensors: exporter.size_bytes(encode_tensors(config, shape, tensors, moments), request))
-    encoded = encode_tensors(config, shape, tensors, moments)
+        candidate = fitter.fit(candidate, lambda one: exporter.size_bytes(*handed_over(one)))
+    encoded, request = handed_over(candidate)
     report = exporter.write(encoded, request)
     # From the file, not from memory: the score is of what was handed over.
     read_back = materialise(plain, tokenizer, exporter.read(report.path), chosen, str(report.path))
-    rows.append(("after round trip", score_all(read_back, config, tokenizer, chosen)))
-    budget = measure(encoded, shape.parameter_roles(), report, request) if report.trials else None
-    return (as_json_text if as_json else describe)(report, rows, config, budget)
+    rows.append(("after round trip", score_all(read_back, config, entries, tokenizer, chosen)))
+    sets = tuple(entry.name for entry in entries)
+    return Exported(report, request, encoded, shape.parameter_roles(), sets, tuple(rows), candidate.chosen, calibration_s if moments else None)
 
 
 def code_files(export: Export) -> list[Path]:
@@ -188,38 +197,5 @@ def merged_weights(config: RunConfig, model: Any, tokenizer: Any) -> tuple[dict[
     return {name: own[name].detach().to("cpu", copy=True) for name in names}, plain
 
 
-def score_all(module: Any, config: RunConfig, tokenizer: Any, device: torch.device) -> list[Scores]:
-    return [score(module, ValidationSet.build(entry, config, tokenizer), device) for entry in config.validation]
-
-
-def describe(report: ExportReport, rows: Sequence[tuple[str, Sequence[Scores]]], config: RunConfig, budget: Budget | None) -> str:
-    """Scores side by side, then the bytes by kind of tensor, then what codecs made of them where several were tried, then the file."""
-    lines = []
-    for index, entry in enumerate(config.validation):
-        lines.append(f"{entry.name:<18} {'loss':>10} {'perplexity':>12} {'bits/byte':>10}")
-        for name, scores in rows:
-            lines.append(f"  {name:<16} {scores[index].loss:>10.4f} {scores[index].perplexity:>12.3f} {scores[index].bits_per_byte:>10.4f}")
-    if budget is not None:
-        lines += budget.lines()
-    smallest = {trial.codec: trial for trial in reversed(report.trials)}  # trials begin with the smallest
-    for trial in sorted(smallest.values(), key=lambda trial: trial.n_bytes) if len(smallest) > 1 else ():
-        seconds = sum(other.seconds for other in report.trials if other.codec == trial.codec)
-        lines.append(f"codec {trial.codec}: {trial.n_bytes:,} bytes of payload in {seconds:.1f} s")
-    limit = f" of {config.export.max_bytes:,} allowed" if config.export.max_bytes is not None else ""
-    lines.append(f"{report.path}: {report.n_bytes:,} bytes{limit} ({report.codec}, {report.layout})")
-    return "\n".join(lines)
-
-
-def as_json_text(report: ExportReport, rows: Sequence[tuple[str, Sequence[Scores]]], config: RunConfig, budget: Budget | None) -> str:
-    """The same for programs; a score that is not finite is null."""
-    scored = {
-        entry.name: {name: {key: value if math.isfinite(value) else None for key, value in _numbers(scores[index]).items()} for name, scores in rows}
-        for index, entry in enumerate(config.validation)
-    }
-    written = {"path": str(report.path), "n_bytes": report.n_bytes, "max_bytes": config.export.max_bytes, "codec": report.codec, "layout": report.layout}
-    trials = [asdict(trial) for trial in report.trials]
-    return json.dumps(written | {"validation": scored, "budget": None if budget is None else budget.as_dict(), "trials": trials})
-
-
-def _numbers(scores: Scores) -> dict[str, float]:
-    return {"loss": scores.loss, "perplexity": scores.perplexity, "bits_per_byte": scores.bits_per_byte}
+def score_all(module: Any, config: RunConfig, entries: Sequence[Validation], tokenizer: Any, device: torch.device) -> tuple[Scores, ...]:
+    return tuple(score(module, ValidationSet.build(entry, config, tokenizer), device) for entry in entries)

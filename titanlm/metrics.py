@@ -148,8 +148,9 @@ class StepMeter:
 
         ``step_s``, ``tokens_per_s``, ``stall`` (share of the time, 0 to 1),
         ``mfu`` (0 to 1; only with a known peak), ``eta_s`` (with
-        ``remaining_steps``), ``elapsed_s``, ``memory_gib``. An interval without
-        a step has only the last two.
+        ``remaining_steps``), ``elapsed_s``, ``memory_gib`` and, on a CUDA device,
+        ``reserved_gib``. An interval without a step has only those from
+        ``elapsed_s`` on.
         """
         self._tick()
         report: dict[str, float] = {}
@@ -163,5 +164,9 @@ class StepMeter:
                 report["eta_s"] = remaining_steps * report["step_s"]
         report["elapsed_s"] = self.elapsed_s
         report["memory_gib"] = peak_memory_gib(self.device)
+        if self.device.type == "cuda":
+            import torch
+
+            report["reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
         self._reset()
         return report

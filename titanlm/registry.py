@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from titanlm.batch import Batch, Document, Row
-    from titanlm.exporters.encoding import Encoded, ExportReport, ExportRequest
+    from titanlm.exporters.encoding import Candidate, Encoded, ExportReport, ExportRequest
     from titanlm.progress import Progress
 
 __all__ = ["KINDS", "Component", "Entry", "Kind", "Slot", "did_you_mean", "known", "lookup", "register"]
@@ -163,9 +163,9 @@ class Averager(Protocol):
 
 
 class Fitter(Protocol):
-    """Changes tensors until ``size_bytes(tensors)`` is within the limit."""
+    """Changes tensors, or what quantizes them, until ``size_bytes(candidate)`` is within the limit."""
 
-    def fit(self, tensors: dict[str, Tensor], size_bytes: Callable[[dict[str, Tensor]], int]) -> dict[str, Tensor]: ...
+    def fit(self, candidate: Candidate, size_bytes: Callable[[Candidate], int]) -> Candidate: ...
 
 
 class Exporter(Protocol):

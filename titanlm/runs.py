@@ -181,10 +181,10 @@ class RunFolder:
             raise TitanError(f"{_unusable(path, error)}; choose another run.dir or run.name") from error
         return folder
 
-    def record(self, config_toml: str) -> None:
-        """Write the config and the environment of this start; earlier ones that differ are kept beside them."""
+    def record(self, config_toml: str, **sizes: int) -> None:
+        """Write the config and the environment of this start, with its ``sizes``; earlier ones that differ are kept beside them."""
         _record(self.path / "config.toml", config_toml)
-        _record(self.path / "environment.json", json.dumps(environment.report(), indent=1) + "\n")
+        _record(self.path / "environment.json", json.dumps(environment.report() | sizes, indent=1) + "\n")
 
     @property
     def checkpoints(self) -> Path:

@@ -115,7 +115,8 @@ class Trainer:
             self.copies = RemoteCopies(config.checkpoint.copy_to) if config.checkpoint.copy_to and self.world.rank == 0 else None
             self.peers.first(lambda: prepare_checkpoints(self.checkpoints, self.copies))
             earlier = find_earlier(config, self.checkpoints, self.peers)
-            self.peers.first(lambda: self.folder.record(dump(config)))
+            n_parameters = sum(parameter.numel() for parameter in report.model.parameters())
+            self.peers.first(lambda: self.folder.record(dump(config), world_size=self.world.size, n_parameters=n_parameters))
 
             self.loggers = self._new_loggers()
             opened.callback(lambda: self.loggers.close())
@@ -371,7 +372,7 @@ class Trainer:
             where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
             remedy = "raise train.steps to go on"
             if self.progress.step < train.steps:
-                remedy = f"the {train.max_wallclock_s:g} s of train.max_wallclock_s are used up; raise it to go on"
+                remedy = f"the {self.horizon.max_wallclock_s:g} s of train.max_wallclock_s are used up; raise it to go on"
             self.loggers.message(f"{where}; {remedy}")
             self.validate_once(self.validation)
             return None
@@ -429,7 +430,9 @@ class Trainer:
         # Saved before it is validated: a failing validation must not cost the training before it.
         if last:
             if step < train.steps:
-                self.loggers.message(f"{train.max_wallclock_s:g} s of training are over (train.max_wallclock_s): it ends at step {step} of {train.steps}")
+                self.loggers.message(
+                    f"{self.horizon.max_wallclock_s:g} s of training are over (train.max_wallclock_s): it ends at step {step} of {train.steps}"
+                )
             self.save(wait=True)
         elif every and step % every == 0:
             self._or_warn(self.save)
@@ -749,8 +752,9 @@ def train(config: RunConfig) -> int:
         return interrupted.status
     if config.export.at_end and World.from_environment().rank == 0:
         from titanlm.export import export_run
+        from titanlm.exported import describe
 
-        print(export_run(path, device=config.train.device))
+        print(describe(export_run(path, device=config.train.device)))
     return 0
 
 

@@ -163,6 +163,33 @@ def test_auto_of_noise_and_of_nothing(tmp_path: Path) -> None:
     assert read_artifact(tmp_path / "b").tensors == {}
 
 
+def test_what_was_measured_last_is_written_without_compressing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = compression.compress, []
+
+    def counted(codec: str, level: int, pieces, n_bytes: int) -> bytearray:
+        calls.append((codec, level))
+        return real(codec, level, pieces, n_bytes)
+
+    monkeypatch.setattr(compression, "compress", counted)
+    built = exporter("zlib", 9)
+    fresh = exporter("zlib", 9).write(tensors(), request(tmp_path / "fresh"))
+    calls.clear()
+    n_bytes = built.size_bytes(tensors(), request(tmp_path / "a"))
+    assert len(calls) == 2  # both layouts
+    built.size_bytes(tensors(rows=48), request(tmp_path / "a", max_bytes=n_bytes))  # too large: not what is written next
+    calls.clear()
+    report = built.write(tensors(), request(tmp_path / "a"))
+    assert not calls
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "fresh").read_bytes()
+    assert [trial.n_bytes for trial in report.trials] == [trial.n_bytes for trial in fresh.trials]
+    other = tensors()
+    other["gain"] = torch.ones(3)
+    for changed, asked in ((other, request(tmp_path / "b")), (tensors(), replace(request(tmp_path / "b"), config_toml="seed = 2"))):
+        calls.clear()
+        built.write(changed, asked)
+        assert len(calls) == 2
+
+
 def test_a_tensor_that_shares_memory_or_needs_gradients(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(6, 4))
     exporter().write({"w": weight, "t": weight.T, "row": weight[2]}, request(tmp_path / "a"))

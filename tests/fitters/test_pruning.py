@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titanlm.errors import ArtifactError
-from titanlm.exporters.encoding import Encoded, ExportRequest
+from titanlm.exporters.encoding import Candidate, Encoded, ExportRequest
 from titanlm.fitters.prune_bisect import PruneBisectConfig
 from titanlm.fitters.prune_ladder import PruneLadderConfig
 from titanlm.fitters.pruning import edge, prunable, prune_each, prune_rows
@@ -24,8 +24,17 @@ def gaussian(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
 
 
-def fitter(name: str, max_bytes: int, **settings: Any) -> Any:
-    return Component.named("fitter", name, **settings).build(max_bytes=max_bytes)
+class Fitted:
+    """A fitter that is given tensors and a size of tensors, and gives tensors."""
+
+    def __init__(self, name: str, max_bytes: int, **settings: Any) -> None:
+        self.fitter = Component.named("fitter", name, **settings).build(max_bytes=max_bytes)
+        self.chosen: dict[str, float] = {}
+
+    def fit(self, tensors: dict[str, Tensor], size: Callable[[dict[str, Tensor]], int]) -> dict[str, Tensor]:
+        found = self.fitter.fit(Candidate(tensors), lambda candidate: size(candidate.tensors))
+        self.chosen |= found.chosen
+        return found.tensors  # type: ignore[no-any-return]
 
 
 def nonzeros(tensors: dict[str, Tensor]) -> int:
@@ -134,7 +143,7 @@ def test_the_quantizers_grid_does_not_move(prune: Callable[..., dict[str, Tensor
 # ---------------------------------------------------------------- the ladder
 def test_the_first_rung_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {"w": gaussian(100, 100), "b": torch.ones(50)}
-    fitted = fitter("prune_ladder", 10_050 - 1100, above_elements=1000, fractions=(0.10, 0.12, 0.14, 0.16)).fit(tensors, nonzeros)
+    fitted = Fitted("prune_ladder", 10_050 - 1100, above_elements=1000, fractions=(0.10, 0.12, 0.14, 0.16)).fit(tensors, nonzeros)
     assert torch.equal(fitted["w"], prune_each(tensors, ["w"], 0.12)["w"])
     assert fitted["b"] is tensors["b"]
     lines = capsys.readouterr().err.splitlines()
@@ -146,10 +155,10 @@ def test_the_first_rung_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_is_pruned_that_fits_unless_the_ladder_begins_above_zero() -> None:
     tensors = {"w": gaussian(100, 100)}
-    assert torch.equal(fitter("prune_ladder", 10_000, above_elements=9_999).fit(tensors, nonzeros)["w"], tensors["w"])
-    recorded = fitter("prune_ladder", 10_000, above_elements=9_999, fractions=(0.10, 0.12)).fit(tensors, nonzeros)
+    assert torch.equal(Fitted("prune_ladder", 10_000, above_elements=9_999).fit(tensors, nonzeros)["w"], tensors["w"])
+    recorded = Fitted("prune_ladder", 10_000, above_elements=9_999, fractions=(0.10, 0.12)).fit(tensors, nonzeros)
     assert zeros(recorded["w"]) == 1000
-    assert zeros(fitter("prune_ladder", 9_999, above_elements=9_999).fit(tensors, nonzeros)["w"]) == 1000
+    assert zeros(Fitted("prune_ladder", 9_999, above_elements=9_999).fit(tensors, nonzeros)["w"]) == 1000
 
 
 def test_no_rung_fits() -> None:
@@ -159,10 +168,10 @@ def test_no_rung_fits() -> None:
         r"  10,000 of 10,050 weights can be pruned: .* fitter.above_elements = 9,999\nraise fitter.fractions, use fewer bits"
     )
     with pytest.raises(ArtifactError, match=message):
-        fitter("prune_ladder", 8400, above_elements=9_999).fit(tensors, nonzeros)
+        Fitted("prune_ladder", 8400, above_elements=9_999).fit(tensors, nonzeros)
     for name in ("prune_ladder", "prune_bisect"):
         with pytest.raises(ArtifactError, match=r"0 of 10,050 weights .*65,536\nlower fitter.above_elements"):
-            fitter(name, 8400).fit(tensors, nonzeros)
+            Fitted(name, 8400).fit(tensors, nonzeros)
 
 
 @pytest.mark.parametrize("fractions", [(), (0.1, 0.1), (0.2, 0.1)])
@@ -177,7 +186,7 @@ def test_a_ladder_goes_up(fractions: tuple[float, ...]) -> None:
 def test_the_smallest_fraction_to_the_tolerance(smallest: str, needed: float, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {"w": gaussian(200, 100), "v": gaussian(300, 100, seed=1, std=9)}
     max_bytes = 50_000 - int(needed * 50_000)
-    fitted = fitter("prune_bisect", max_bytes, above_elements=10_000, smallest=smallest).fit(tensors, nonzeros)
+    fitted = Fitted("prune_bisect", max_bytes, above_elements=10_000, smallest=smallest).fit(tensors, nonzeros)
     assert 0 <= max_bytes - nonzeros(fitted) <= 0.001 * 50_000 + 2
     trials = re.findall(r"prune_trial:(\S+) artifact:(\d+) (VALID|OVER)", capsys.readouterr().err)
     assert len(trials) <= 10
@@ -195,7 +204,7 @@ def test_bisection_prunes_nothing_that_fits() -> None:
         trials.append(tensors)
         return nonzeros(tensors)
 
-    fitted = fitter("prune_bisect", 10_000, above_elements=1).fit(tensors, size)
+    fitted = Fitted("prune_bisect", 10_000, above_elements=1).fit(tensors, size)
     assert torch.equal(fitted["w"], tensors["w"])
     assert len(trials) == 1
 
@@ -212,7 +221,7 @@ def test_sizes_that_go_up_and_down() -> None:
             tried[n_zeros] = nonzeros(tensors) + (int(noise[n_zeros]) if 0 < n_zeros < 2000 else 0)
             return tried[n_zeros]
 
-        fitted = fitter("prune_bisect", 9_000, above_elements=1).fit(tensors, rugged)
+        fitted = Fitted("prune_bisect", 9_000, above_elements=1).fit(tensors, rugged)
         assert tried[zeros(fitted["w"])] <= 9_000
         assert zeros(fitted["w"]) == min(n_zeros for n_zeros, size in tried.items() if size <= 9_000)
 
@@ -220,7 +229,7 @@ def test_sizes_that_go_up_and_down() -> None:
 def test_too_much_would_have_to_go() -> None:
     tensors = {"w": gaussian(100, 100)}
     with pytest.raises(ArtifactError, match=r"with 0.2 of .* takes 8,000 bytes, 1 over export.max_bytes = 7,999; .*\n.*\nraise fitter.max_fraction"):
-        fitter("prune_bisect", 7_999, above_elements=1).fit(tensors, nonzeros)
+        Fitted("prune_bisect", 7_999, above_elements=1).fit(tensors, nonzeros)
     assert PruneBisectConfig().max_fraction == 0.2
 
 
@@ -275,8 +284,8 @@ def test_the_records_shape_has_the_simulated_sizes(capsys: pytest.CaptureFixture
     # The fitters on it.
     limit = sizes[0.12] + 1
     capsys.readouterr()
-    fitted = fitter("prune_ladder", limit).fit(tensors, lambda tensors: size_of(tensors, 1))
+    fitted = Fitted("prune_ladder", limit).fit(tensors, lambda tensors: size_of(tensors, 1))
     assert re.findall(r"prune_trial:(\S+) \S+ (\w+)", capsys.readouterr().err) == [("0", "OVER"), ("0.1", "OVER"), ("0.12", "VALID")]
     assert zeros(fitted["blocks.3.attention.q_proj.weight"]) == pytest.approx(0.12 * 512 * 512, abs=1)
-    finer = fitter("prune_bisect", limit).fit(tensors, lambda tensors: size_of(tensors, 1))
+    finer = Fitted("prune_bisect", limit).fit(tensors, lambda tensors: size_of(tensors, 1))
     assert size_of(finer, 1) <= limit

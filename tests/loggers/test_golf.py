@@ -12,12 +12,15 @@ from titanlm.errors import TitanError
 from titanlm.loggers.golf import RULE, Golf, GolfConfig
 from titanlm.submission.challenge_log import read_log
 
-ENVIRONMENT = {"python": "3.11.7", "torch": "2.13.0", "cuda": "13.0", "cpus": 2, "gpus": [{"name": "H100", "memory_gib": 79.6}]}
+ENVIRONMENT = {"python": "3.11.7", "torch": "2.13.0", "cuda": "13.0", "cpus": 2, "gpus": [{"name": "H100", "memory_gib": 79.6}],
+               "world_size": 8, "n_parameters": 27_092_057}  # fmt: skip
 
 
 def run_folder(path: Path, **train) -> Path:
     tables = {
-        "train": {"seed": 1337, "steps": 20_000, "global_batch": 256, "seq_len": 2048, "priming_steps": 20, **train},
+        "model": {"name": "golf", "n_heads": 8, "n_kv_heads": 4, "tie_embeddings": True},
+        "optimizer": [{"lr": 0.035, "params": ["@embedding"]}, {"lr": 0.025, "params": ["@matrix"]}, {"lr": 0.025, "params": ["@gain"]}],
+        "train": {"seed": 1337, "steps": 20_000, "global_batch": 256, "micro_batch": 32, "seq_len": 2048, "priming_steps": 20, **train},
         "validation": [{"name": "fineweb"}, {"name": "sliding"}],
     }
     path.mkdir(exist_ok=True)
@@ -38,7 +41,7 @@ def logged(folder: Path, steps: list[int], start: int = 0, **config) -> str:
 def test_lines_are_the_challenges(tmp_path):
     logger = Golf(GolfConfig(), run_dir=run_folder(tmp_path / "run", max_wallclock_s=600.0))
     logger.start(0)
-    logger.log(10_352, {"loss": 1.93, "elapsed_s": 600.019, "memory_gib": 14_012 / 1024})
+    logger.log(10_352, {"loss": 1.93, "elapsed_s": 600.019, "memory_gib": 14_012 / 1024, "reserved_gib": 14_200 / 1024})
     scores = {"fineweb/loss": 1.9341, "fineweb/bits_per_byte": 1.1455, "fineweb/averaged_loss": 1.93, "fineweb/averaged_bits_per_byte": 1.14}
     logger.log(10_352, {f"validation/{name}": value for name, value in (scores | {"sliding/loss": 1.91, "sliding/bits_per_byte": 1.132}).items()})
     logger.close()
@@ -48,11 +51,15 @@ def test_lines_are_the_challenges(tmp_path):
         "Running PyTorch 2.13.0",
         "1 x H100, 79.6 GiB, CUDA 13.0",
         "=" * 100,
+        "model_params:27092057",
+        "world_size:8 grad_accum_steps:1",
+        "attention_mode:gqa num_heads:8 num_kv_heads:4",
+        "tie_embeddings:True embed_lr:0.035 matrix_lr:0.025 scalar_lr:0.025",
         "train_batch_tokens:524288 train_seq_len:2048 iterations:20000 warmup_steps:20 max_wallclock_seconds:600.000",
         "seed:1337",
         "step:10352/20000 train_loss:1.9300 train_time:600019ms step_avg:57.96ms",
         "stopping_early: wallclock_cap train_time:600019ms step:10352/20000",
-        "peak memory allocated: 14012 MiB",
+        "peak memory allocated: 14012 MiB reserved: 14200 MiB",
         "step:10352/20000 val_loss:1.9341 val_bpb:1.1455 train_time:600019ms step_avg:57.96ms",
         "step:10352/20000 val_loss:1.9300 val_bpb:1.1400 train_time:600019ms step_avg:57.96ms weights:averaged",
         "step:10352/20000 val_loss:1.9100 val_bpb:1.1320 train_time:600019ms step_avg:57.96ms set:sliding",

@@ -8,6 +8,7 @@ import pytest
 from titanlm.cli import main
 from titanlm.config import load
 from titanlm.errors import TitanError
+from titanlm.exporters.artifact import inspect
 from titanlm.loggers.golf import RULE
 from titanlm.submission.build import About, build
 from titanlm.submission.metadata import Record
@@ -24,8 +25,8 @@ def trained(config: Path, name: str, *overrides: str) -> Path:
 
 
 def test_two_seeds_become_a_folder_that_verifies(tiny, tmp_path):
-    limit = "--export.max_bytes=200000"
-    runs = [trained(tiny, "a", limit), trained(tiny, "b", limit, "--train.seed=7", "--data.workers=1", '--logger=["golf", "jsonl"]')]
+    limit = ("--export.max_bytes=200000", '--quantizer=[{name="int6"}]', '--fitter={name="prune_ladder",fractions=[0.1],above_elements=100}')
+    runs = [trained(tiny, "a", *limit), trained(tiny, "b", *limit, "--train.seed=7", "--data.workers=1", '--logger=["golf", "jsonl"]')]
     output = tmp_path / "submission"
     told = build(runs, output, ABOUT)
     assert sorted(path.name for path in output.iterdir()) == [
@@ -38,6 +39,9 @@ def test_two_seeds_become_a_folder_that_verifies(tiny, tmp_path):
     code, artifact = ((output / name).stat().st_size for name in ("train_gpt.py", "model.titanlm"))
     assert (document["bytes_code"], document["bytes_total"]) == (code, code + artifact)
     assert code + artifact <= 200_000
+    assert [result["prune_fraction"] for result in document["seed_results"].values()] == [0.1, 0.1]
+    assert "| prune fraction |" in (output / "README.md").read_text()
+    assert "validation = []" not in inspect(output / "model.titanlm").config  # so that `titanlm eval` knows what to score it on
     scores = {seed: result["val_bpb"] for seed, result in document["seed_results"].items()}
     assert document["val_bpb"] == pytest.approx(sum(scores.values()) / 2, abs=1e-8)
     assert document["seed_results"][min(scores, key=scores.__getitem__)]["artifact_bytes"] == artifact
@@ -48,6 +52,7 @@ def test_two_seeds_become_a_folder_that_verifies(tiny, tmp_path):
     for log in logs:
         assert log.startswith(script)
         assert log.count(RULE) == 2
+        assert log.splitlines().count("selected_prune_frac:0.1") == 1
     # One is the run's own, the other made of its metrics; of the same step they say the same.
     assert "made of metrics.jsonl" in logs[0]
     assert "made of metrics.jsonl" not in logs[1]

@@ -19,7 +19,7 @@ from titanlm.submission.shorter import shortened
 
 ROOT = Path(__file__).parents[2]
 GOLF = ['--logger=["golf", "jsonl"]']
-MAX_COMPRESSED_BYTES = 116_000
+MAX_COMPRESSED_BYTES = 118_000
 """Of pr369's train_gpt.py; 0.7 % of what a submission may have."""
 
 
@@ -54,7 +54,7 @@ def test_modules_are_those_of_the_run(pr369):
     assert rest == {
         "averagers", "batch", "best", "calibration",
             "check", "checkpoint", "clipping", "config", "config_sources", "constraints", "course", "data", "datasets", "device",
-        "distributed", "environment", "errors", "evaluate", "export", "exporters", "failures",
+        "distributed", "environment", "errors", "evaluate", "export", "exported", "exporters", "failures",
             "fitters", "guard", "interrupts", "interval", "loggers", "losses",
         "metrics", "models", "optimizers", "packers", "patterns", "precision", "profiling", "progress", "quantizers", "randomness", "registry", "resume",
         "run_start", "runs", "saver", "schedulers", "spikes", "state_tree", "stream", "submission", "targets", "tensor_file", "titanlm", "tokenizers",

@@ -8,9 +8,10 @@ from titanlm.submission.metadata import Record, Score, SeedResult, Submission
 from titanlm.submission.readme import readme
 
 
-def result(seed: int, bpb: float, pruned: float | None = 0.12) -> SeedResult:
+def result(seed: int, bpb: float, prune_fraction: float | None = 0.12) -> SeedResult:
     stages = {"raw": bpb + 0.014, "averaged": bpb + 0.013, "after round trip": bpb + 0.02, "sliding": bpb}
-    return SeedResult(seed, 10_342, 58.004, 599.84, 178.2, 15_700_000 + seed, {name: Score(value * 1.6885, value) for name, value in stages.items()}, pruned)
+    chosen = {} if prune_fraction is None else {"prune_fraction": prune_fraction}
+    return SeedResult(seed, 10_342, 58.004, 599.84, 178.2, 15_700_000 + seed, {name: Score(value * 1.6885, value) for name, value in stages.items()}, chosen)
 
 
 THREE = Submission(
@@ -29,7 +30,7 @@ def table(text: str, heading: str) -> list[list[str]]:
 
 def test_every_seed_has_its_row() -> None:
     header, *rows = table(readme(THREE), "Scores")
-    assert header == ["seed", "steps", "ms/step", "raw", "averaged", "after round trip", "sliding", "pruned", "bytes"]
+    assert header == ["seed", "steps", "ms/step", "raw", "averaged", "after round trip", "sliding", "prune fraction", "bytes"]
     assert rows[0] == ["2024", "10,342", "58.00", "1.14589", "1.14489", "1.15189", "1.13189", "0.12", "15,762,024"]
     assert [row[0] for row in rows] == ["2024", "1337", "42"]
     assert all(len(row) == len(header) for row in rows)

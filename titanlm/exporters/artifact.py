@@ -26,10 +26,13 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from threading import Event
 from time import perf_counter
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from torch import Tensor
@@ -44,6 +47,7 @@ from titanlm.registry import register
 __all__ = ["Artifact", "ArtifactConfig", "ArtifactExporter", "inspect", "read_artifact"]
 
 _READ_BYTES = 1 << 16
+_LARGE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,16 @@ class ArtifactExporter:
         if config.codec != "auto":
             compression.require(config.codec)
         self.config = config
+        self._fitting: tuple[bytes, _Packed] | None = None
+        """What was last measured and is within its limit, by a digest of all that goes into it: most likely it is written next."""
 
     def size_bytes(self, tensors: Mapping[str, Encoded | Tensor], request: ExportRequest) -> int:
-        """Exactly what ``write`` would count against the limit; takes as long, writes nothing."""
-        return _counted(self._pack(tensors, request), request)
+        """Exactly what ``write`` would count against the limit; takes as long, writes nothing. Writing the last that fitted takes no time again."""
+        digest, packed = self._pack(tensors, request)
+        n_bytes = _counted(packed, request)
+        if request.max_bytes is None or n_bytes <= request.max_bytes:
+            self._fitting = digest, packed
+        return n_bytes
 
     def write(self, tensors: Mapping[str, Encoded | Tensor], request: ExportRequest) -> ExportReport:
         """Write ``request.path`` (and the tokenizer beside it) in one step: whole, or not at all.
@@ -113,7 +123,7 @@ class ArtifactExporter:
         Raises ArtifactError when it is over the limit, when a file beside it
         holds another tokenizer, or when the disk refuses.
         """
-        packed = self._pack(tensors, request)
+        _, packed = self._pack(tensors, request)
         n_bytes = _counted(packed, request)
         if request.max_bytes is not None and n_bytes > request.max_bytes:
             raise ArtifactError(_overshoot(packed, request, n_bytes))
@@ -132,25 +142,41 @@ class ArtifactExporter:
         """The decoded tensors of a written artifact, checked as ``read_artifact`` checks them."""
         return decode_tensors(read_artifact(path).tensors)
 
-    def _pack(self, tensors: Mapping[str, Encoded | Tensor], request: ExportRequest) -> _Packed:
+    def _pack(self, tensors: Mapping[str, Encoded | Tensor], request: ExportRequest) -> tuple[bytes, _Packed]:
+        """A digest of what goes into the file, and the file."""
         header, stored = _tables(tensors, request)
         embedded = [content for _, content in sorted(request.tokenizer_files.items())] if request.tokenizer == "embed" else []
-        narrow = any(part.bits is not None for part in header.parts)
-        best: tuple[Header, bytearray] | None = None
-        trials = []
-        for codec, layout, level in self._ways(narrow):
+        content = hashlib.sha256(repr(header).encode())
+        for piece in _raw(header, stored, embedded):
+            content.update(piece)
+        digest = content.digest()
+        if self._fitting is not None and self._fitting[0] == digest:
+            return self._fitting
+        stopped = Event()
+
+        def tried(way: tuple[str, str, int]) -> tuple[Header, bytearray, CodecTrial]:
+            codec, layout, level = way
             candidate = replace(header, codec=codec, layout=layout)
             candidate = replace(candidate, raw_bytes=candidate.expected_raw_bytes)
             start = perf_counter()
-            payload = compression.compress(codec, level, _raw(candidate, stored, embedded), candidate.raw_bytes)
-            trials.append(CodecTrial(codec, level, layout, len(payload), perf_counter() - start))
-            if best is None or len(payload) < len(best[1]):
-                best = candidate, payload
-        assert best is not None
-        header, payload = best
+            # After Ctrl-C threads go on by themselves; without input they end.
+            pieces = takewhile(lambda _: not stopped.is_set(), _raw(candidate, stored, embedded))
+            payload = compression.compress(codec, level, pieces, candidate.raw_bytes)
+            return candidate, payload, CodecTrial(codec, level, layout, len(payload), perf_counter() - start)
+
+        ways = list(self._ways(any(part.bits is not None for part in header.parts)))
+        # Codecs work outside Python's lock. What is large goes one by one, since every outcome takes memory.
+        at_once = min(len(ways), os.cpu_count() or 1) if sum(tensor.nbytes for parts in stored.values() for tensor in parts.values()) < _LARGE_BYTES else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                outcomes = list(pool.map(tried, ways))
+            finally:
+                stopped.set()
+                pool.shutdown(cancel_futures=True)
+        header, payload, _ = min(outcomes, key=lambda outcome: len(outcome[1]))  # the first of equals
         header = replace(header, payload_bytes=len(payload), payload_sha256=hashlib.sha256(payload).hexdigest())
-        header_json = header.encode()
-        return _Packed(header, header_json, payload, tuple(sorted(trials, key=lambda trial: trial.n_bytes)))
+        trials = sorted((trial for _, _, trial in outcomes), key=lambda trial: trial.n_bytes)
+        return digest, _Packed(header, header.encode(), payload, tuple(trials))
 
     def _ways(self, narrow: bool) -> Iterator[tuple[str, str, int]]:
         """Codec, layout and level of all that is tried; ``narrow``: some integers have fewer than 8 bits."""
@@ -245,8 +271,8 @@ def _tables(tensors: Mapping[str, Encoded | Tensor], request: ExportRequest) -> 
     return header, stored
 
 
-def _raw(header: Header, stored: Mapping[str, Mapping[str, Tensor]], embedded: list[bytes]) -> Iterator[np.ndarray | bytes]:
-    """The payload before compression, a part at a time."""
+def _raw(header: Header, stored: Mapping[str, Mapping[str, Tensor]], embedded: list[bytes]) -> Iterator[Any]:
+    """The payload before compression, a buffer for each part."""
     for part in header.parts:
         name = header.tensors[part.tensor].name
         try:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from titanlm.errors import ArtifactError, RegistryError
-from titanlm.registry import Quantizer, lookup
+from titanlm.registry import Component, Quantizer, lookup
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,18 @@ class Encoded:
     bits: Mapping[str, int] = field(default_factory=dict)
     quantizer: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What an artifact could be made of. A fitter is given one and returns another."""
+
+    tensors: Mapping[str, Tensor]
+    """By name, as the model has them."""
+    quantizers: tuple[Component, ...] = ()
+    """Entries of the config, which encode the tensors; the artifact's config has those that were kept."""
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    """What a fitter settled on, for reports: {"prune_fraction": 0.12}."""
 
 
 @dataclass(frozen=True)

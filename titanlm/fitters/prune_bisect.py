@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from titanlm.constraints import Fraction, NonNegativeInt, PositiveFloat
+from titanlm.exporters.encoding import Candidate
 from titanlm.fitters.pruning import Trials, prune_each, prune_rows
 from titanlm.registry import register
 
@@ -42,8 +41,8 @@ class PruneBisect:
     def __init__(self, config: PruneBisectConfig, *, max_bytes: int) -> None:
         self.config, self.max_bytes = config, max_bytes
 
-    def fit(self, tensors: dict[str, Tensor], size_bytes: Callable[[dict[str, Tensor]], int]) -> dict[str, Tensor]:
-        """The tensors of the smallest fraction tried that fits.
+    def fit(self, candidate: Candidate, size_bytes: Callable[[Candidate], int]) -> Candidate:
+        """The candidate with the smallest fraction tried that fits.
 
         Sizes need not fall at every step, since coders are not exact: what is
         returned was measured, never inferred. Raises ArtifactError when
@@ -52,7 +51,7 @@ class PruneBisect:
         config = self.config
         low, high = 0, math.ceil(config.max_fraction / config.tolerance)
         trials = Trials(
-            tensors, size_bytes, prune=prune_rows if config.smallest == "row" else prune_each,
+            candidate, size_bytes, prune=prune_rows if config.smallest == "row" else prune_each,
             above_elements=config.above_elements, max_bytes=self.max_bytes, at_most=2 + (high - 1).bit_length(),
         )  # fmt: skip
         best = trials.attempt(0.0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from titanlm.constraints import Fraction, NonNegativeInt
+from titanlm.exporters.encoding import Candidate
 from titanlm.fitters.pruning import Trials, prune_each
 from titanlm.registry import register
 
@@ -33,11 +32,11 @@ class PruneLadder:
     def __init__(self, config: PruneLadderConfig, *, max_bytes: int) -> None:
         self.config, self.max_bytes = config, max_bytes
 
-    def fit(self, tensors: dict[str, Tensor], size_bytes: Callable[[dict[str, Tensor]], int]) -> dict[str, Tensor]:
+    def fit(self, candidate: Candidate, size_bytes: Callable[[Candidate], int]) -> Candidate:
         """At most ``len(fractions)`` exports are tried. Raises ArtifactError when even the last fraction is too large."""
         fractions = self.config.fractions
         trials = Trials(
-            tensors, size_bytes, prune=prune_each, above_elements=self.config.above_elements, max_bytes=self.max_bytes, at_most=len(fractions)
+            candidate, size_bytes, prune=prune_each, above_elements=self.config.above_elements, max_bytes=self.max_bytes, at_most=len(fractions)
         )  # fmt: skip
         for fraction in fractions:
             pruned = trials.attempt(fraction)

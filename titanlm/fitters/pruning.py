@@ -21,15 +21,16 @@ outcome does not depend on an order, and less than f goes where many are equal.
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from titanlm.errors import ArtifactError
+from titanlm.exporters.encoding import Candidate
+from titanlm.fitters.trial import measured
 
 Tensors = dict[str, Tensor]
 Prune = Callable[[Mapping[str, Tensor], Sequence[str], float], Tensors]
@@ -80,42 +81,35 @@ def _magnitude(tensor: Tensor) -> Tensor:
 
 
 class Trials:
-    """Prunes and measures, and tells on stderr how far a fit is, a line a trial.
-
-    The line begins as those of the Parameter Golf record (pull request 369) do:
-    ``prune_trial:0.12 artifact:15892189 VALID``, or ``OVER``.
-    """
+    """Prunes and measures, and knows what to say when nothing fits."""
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
-        size_bytes: Callable[[Tensors], int],
+        candidate: Candidate,
+        size_bytes: Callable[[Candidate], int],
         *,
         prune: Prune,
         above_elements: int,
         max_bytes: int,
         at_most: int,
     ) -> None:
-        self.tensors, self.size_bytes, self.prune, self.max_bytes, self.at_most = tensors, size_bytes, prune, max_bytes, at_most
-        self.above_elements, self.names = above_elements, prunable(tensors, above_elements)
+        self.candidate, self.size_bytes, self.prune, self.max_bytes, self.at_most = candidate, size_bytes, prune, max_bytes, at_most
+        self.above_elements, self.names = above_elements, prunable(candidate.tensors, above_elements)
         self.n_bytes = self.done = 0
 
-    def attempt(self, fraction: float) -> Tensors | None:
-        """The pruned tensors, or None if they are too large."""
-        start = time.perf_counter()
-        pruned = self.prune(self.tensors, self.names, fraction)
-        self.n_bytes = self.size_bytes(pruned)
+    def attempt(self, fraction: float) -> Candidate | None:
+        """The candidate pruned, or None if it is too large."""
+        pruned = replace(self.candidate, tensors=self.prune(self.candidate.tensors, self.names, fraction), chosen={"prune_fraction": fraction})
         self.done += 1
-        spare = self.max_bytes - self.n_bytes
-        verdict, rest = ("VALID", f"{spare:,} bytes left") if spare >= 0 else ("OVER", f"{-spare:,} bytes over")
-        place = f"trial {self.done} of at most {self.at_most}, {time.perf_counter() - start:.1f} s"
-        print(f"prune_trial:{fraction:g} artifact:{self.n_bytes} {verdict} ({rest}; {place})", file=sys.stderr, flush=True)
-        return pruned if spare >= 0 else None
+        label = f"prune_trial:{fraction:g}"
+        self.n_bytes = measured(pruned, self.size_bytes, self.max_bytes, label=label, trial=self.done, at_most=self.at_most)
+        return pruned if self.n_bytes <= self.max_bytes else None
 
     def overshoot(self, fraction: float, setting: str) -> ArtifactError:
         """Of the last trial; ``setting`` allows more pruning."""
-        n_weights = sum(self.tensors[name].numel() for name in self.names)
-        total = sum(tensor.numel() for tensor in self.tensors.values())
+        tensors = self.candidate.tensors
+        n_weights = sum(tensors[name].numel() for name in self.names)
+        total = sum(tensor.numel() for tensor in tensors.values())
         reach = f"{n_weights:,} of {total:,} weights can be pruned: those of matrices of more than fitter.above_elements = {self.above_elements:,}"
         remedy = f"raise {setting}" if self.names else "lower fitter.above_elements"
         return ArtifactError(

@@ -31,7 +31,7 @@ _SPEED: dict[str, Callable[[float], str]] = {
     "stall": "stall {:.1%}".format,
     "eta_s": lambda value: f"ETA {duration(value)}",
 }
-_UNSAID = {"lr", "tokens", "total_steps", "step_s", "elapsed_s"}
+_UNSAID = {"lr", "tokens", "total_steps", "step_s", "elapsed_s", "reserved_gib"}
 """Known, but another field says it better."""
 
 

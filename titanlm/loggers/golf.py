@@ -19,6 +19,7 @@ from titanlm.runs import write_atomic
 if TYPE_CHECKING:
     from titanlm.config import RunConfig
     from titanlm.evaluate import Scores
+    from titanlm.exported import Exported
 
 RULE = "=" * 100
 """Between the source, the machine and the run."""
@@ -46,7 +47,8 @@ class Golf:
     def __init__(self, config: GolfConfig, *, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
         self._file: TextIO | None = None
-        self._time_ms = self._peak_gib = 0.0
+        self._time_ms = 0.0
+        self._peak_mib = {"memory_gib": 0.0, "reserved_gib": 0.0}
         self._first_set = ""
 
     def start(self, step: int) -> None:
@@ -56,6 +58,8 @@ class Golf:
             environment = json.loads((self.run_dir / "environment.json").read_text(encoding="utf-8"))
             train = tables["train"]
             self._steps, self._limit_s = train["steps"], train.get("max_wallclock_s")
+            if self._limit_s is not None:
+                self._limit_s -= tables.get("export", {}).get("calibration_reserve_s", 0)
             self._first_set = next((entry["name"] for entry in tables["validation"]), "")
             path = self.run_dir / f"train_seed{train['seed']}.log"
             known = path.exists() and step > 0
@@ -69,7 +73,7 @@ class Golf:
                 return
             if self.config.source:
                 self._file.write(f"{Path(self.config.source).read_text(encoding='utf-8')}\n{RULE}\n")
-            for line in [*machine(environment), RULE, *settings(tables)]:
+            for line in [*machine(environment), RULE, *settings(tables, environment)]:
                 self._line(line)
         except OSError as error:
             raise TitanError(f"{error.filename}: {error.strerror}; make it readable and {self.run_dir} writable, or remove the logger 'golf'") from error
@@ -87,12 +91,13 @@ class Golf:
             self._line(f"step:{step}/{self._steps} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {times}{which}")
         if "loss" not in metrics:
             return
-        self._peak_gib = max(self._peak_gib, metrics.get("memory_gib", 0.0))
+        self._peak_mib = {name: max(peak, 1024 * metrics.get(name, 0.0)) for name, peak in self._peak_mib.items()}
         stopped = self._limit_s is not None and self._time_ms >= 1000 * self._limit_s and step < self._steps
         if stopped:
             self._line(f"stopping_early: wallclock_cap train_time:{self._time_ms:.0f}ms step:{step}/{self._steps}")
         if stopped or step == self._steps:
-            self._line(f"peak memory allocated: {1024 * self._peak_gib:.0f} MiB")
+            allocated, reserved = self._peak_mib.values()
+            self._line(f"peak memory allocated: {allocated:.0f} MiB" + f" reserved: {reserved:.0f} MiB" * bool(reserved))
 
     def message(self, text: str) -> None:
         if self._file is not None:
@@ -119,27 +124,49 @@ def machine(environment: Mapping[str, Any]) -> Iterator[str]:
     yield f"{len(gpus)} x {gpus[0]['name']}, {gpus[0]['memory_gib']} GiB, CUDA {environment['cuda']}" if gpus else f"no GPU, {environment['cpus']} CPUs"
 
 
-def settings(tables: Mapping[str, Any]) -> Iterator[str]:
-    """What the challenge's logs say of the run before its first step, out of a resolved config."""
-    train = tables["train"]
+def settings(tables: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[str]:
+    """What the challenge's logs say of the run before its first step, out of a resolved config and a run's environment.json."""
+    train, model = tables["train"], tables.get("model", {})
+    if "n_parameters" in environment:
+        yield f"model_params:{environment['n_parameters']}"
+    if "world_size" in environment:
+        n = environment["world_size"]
+        yield f"world_size:{n} grad_accum_steps:{train['global_batch'] // (train['micro_batch'] * n)}"
+    if {"n_heads", "n_kv_heads"} <= model.keys():
+        n, n_kv = model["n_heads"], model["n_kv_heads"]
+        yield f"attention_mode:{'mha' if n == n_kv else 'gqa'} num_heads:{n} num_kv_heads:{n_kv}"
+    rates = {role: next((f"{entry['lr']:g}" for entry in tables.get("optimizer", ()) if f"@{role}" in entry["params"]), None) for role in _RATES}
+    said = " ".join(f"{_RATES[role]}:{rate}" for role, rate in rates.items() if rate is not None)
+    if said:
+        yield f"tie_embeddings:{model['tie_embeddings']} {said}" if "tie_embeddings" in model else said
     yield f"train_batch_tokens:{train['global_batch'] * train['seq_len']} train_seq_len:{train['seq_len']} iterations:{train['steps']} " + (
         f"warmup_steps:{train['priming_steps']} max_wallclock_seconds:{train.get('max_wallclock_s', 0):.3f}"
     )
     yield f"seed:{train['seed']}"
 
 
-def final_lines(artifact: Path, code_bytes: int, config: RunConfig, scores: Mapping[str, Scores], eval_s: float) -> Iterator[str]:
-    """Sizes and the score of the file that is handed in.
+_RATES = {"embedding": "embed_lr", "matrix": "matrix_lr", "gain": "scalar_lr"}
+"""Role of parameters → what the challenge's logs call their learning rate."""
+
+
+def final_lines(exported: Exported, code_bytes: int, config: RunConfig, scores: Mapping[str, Scores], eval_s: float) -> Iterator[str]:
+    """Sizes, what a fitter chose, and the score of the file that is handed in.
 
     The score is of the config's last validation set; the others have a line
     before. ``final_int8_zlib_roundtrip_exact`` is what the challenge's logs
     call it whatever the bits and the codec.
     """
-    model_bytes = artifact.stat().st_size
+    model_bytes = exported.report.path.stat().st_size
     label = f"{config.export.exporter.name}+{getattr(config.export.exporter.config, 'codec', 'none')}"
     yield f"Serialized model {label}: {model_bytes} bytes"
     yield f"Code size: {code_bytes} bytes"
     yield f"Total submission size {label}: {model_bytes + code_bytes} bytes"
+    for name, value in exported.chosen.items():
+        yield f"selected_{'prune_frac' if name == 'prune_fraction' else name}:{value:.5g}"
+    if exported.calibration_s is not None:
+        reserve_s = config.export.calibration_reserve_s
+        over = "" if exported.calibration_s <= reserve_s else " OVER: raise export.calibration_reserve_s if the challenge counts it"
+        yield f"gptq:calibrated tokens:{config.export.calibration_tokens} time:{1000 * exported.calibration_s:.0f}ms reserved:{1000 * reserve_s:.0f}ms{over}"
     for name, one in scores.items():
         yield f"final_eval set:{name} val_loss:{one.loss:.8f} val_bpb:{one.bits_per_byte:.8f} tokens:{one.n_tokens} bytes:{one.n_bytes}"
     last = list(scores.values())[-1]

@@ -14,7 +14,7 @@ request 1394), where k replaced pruning as what makes an artifact fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -34,6 +34,10 @@ class SdclipConfig(RowwiseConfig):
     """Of an integer before compression."""
     k: PositiveFloat = 12.85
     """Standard deviations of a row from 0 to the last level. More: coarser and smaller. Below about 4 weights are clipped."""
+
+    def coarser(self, factor: float) -> SdclipConfig:
+        """The same with steps ``factor`` times as wide; what the fitter ``clip_dial`` turns."""
+        return replace(self, k=self.k * factor)
 
 
 @register("quantizer", "sdclip")

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from titanlm import checkpoint
 from titanlm.config import RunConfig, diff, loads
+from titanlm.course import horizon_of
 from titanlm.device import choose_device
 from titanlm.distributed.world import Peers
 from titanlm.errors import TitanError
@@ -126,7 +127,7 @@ def _open(run: Path) -> _Run:
     saved = checkpoint.load(folder)
     config = loads(saved.config_toml, f"{folder}/config.toml")
     progress = saved.state["progress"]
-    limit = config.train.max_wallclock_s
+    limit = horizon_of(config).max_wallclock_s
     if progress["step"] < config.train.steps and not (limit is not None and progress["elapsed_s"] >= limit):
         raise TitanError(f"{run}: its last checkpoint is of step {progress['step']} of {config.train.steps}; train it to the end first")
     return _Run(run, config, progress["step"], progress["elapsed_s"])
@@ -167,16 +168,16 @@ def _result(run: _Run, folder: Path, script: Path, device: str) -> SeedResult:
     config = replace(run.config, train=replace(run.config.train, device=device))  # type: ignore[arg-type]  # checked by choose_device
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         artifact = Path(scratch) / ARTIFACT
-        export(run.folder, artifact, config, script.stat().st_size)
+        exported = export(run.folder, artifact, config, script.stat().st_size)
         begun = time.perf_counter()
         scores = score_artifact(artifact, config, tokenizer, choose_device(device), Peers())
         eval_s = time.perf_counter() - begun
-        log = [*_log(run, script, Path(scratch)), *final_lines(artifact, script.stat().st_size, config, scores, eval_s)]
+        log = [*_log(run, script, Path(scratch)), *final_lines(exported, script.stat().st_size, config, scores, eval_s)]
         (folder / f"train_seed{run.seed}.log").write_text("\n".join(log) + "\n", encoding="utf-8")
         n_bytes = artifact.stat().st_size
         os.replace(artifact, folder / f"{run.seed}.titanlm")
     step_ms = 1000 * run.elapsed_s / max(1, run.steps)
-    return SeedResult(run.seed, run.steps, step_ms, run.elapsed_s, eval_s, n_bytes, _stages(run, scores))
+    return SeedResult(run.seed, run.steps, step_ms, run.elapsed_s, eval_s, n_bytes, _stages(run, scores), exported.chosen)
 
 
 def _stages(run: _Run, scores: Mapping[str, Scores]) -> dict[str, Score]:

@@ -35,6 +35,7 @@ from titanlm.distributed.world import Peers, World
 from titanlm.errors import PeerError, TitanError
 from titanlm.evaluate import Scores, ValidationSet, score
 from titanlm.export import export_run
+from titanlm.exported import Exported
 from titanlm.exporters.artifact import inspect, read_artifact
 from titanlm.exporters.encoding import decode_tensors
 from titanlm.interrupts import Interrupted
@@ -137,25 +138,26 @@ def train_and_score(config: RunConfig, script: Path) -> int:
             trainer.train()
             artifact = trainer.folder.path / "export" / ARTIFACT
             # Apart, because an export may take longer than ranks wait for one another while training.
-            trainer.peers.apart().first(lambda: export(trainer.folder.path, artifact, config, len(script.read_bytes())))
+            exported = trainer.peers.apart().first(lambda: export(trainer.folder.path, artifact, config, len(script.read_bytes())))
             begun = time.perf_counter()
             scores = score_artifact(artifact, config, trainer.tokenizer, trainer.device, trainer.peers)
-            for line in final_lines(artifact, script.stat().st_size, config, scores, time.perf_counter() - begun):
-                trainer.loggers.message(line)
+            if exported is not None:  # rank 0, which logs
+                for line in final_lines(exported, script.stat().st_size, config, scores, time.perf_counter() - begun):
+                    trainer.loggers.message(line)
     except Interrupted as interrupted:
         return interrupted.status
     return 0
 
 
-def export(run: Path, artifact: Path, config: RunConfig, code_bytes: int) -> None:
+def export(run: Path, artifact: Path, config: RunConfig, code_bytes: int) -> Exported:
     """Write the artifact of a run's last checkpoint; with the code it keeps to `export.max_bytes`, the tokenizer beside it is not counted."""
-    overrides = ["--validation=[]", "--export.tokenizer=beside", "--export.count_tokenizer=false", "--export.code=[]"]
+    overrides = ["--export.tokenizer=beside", "--export.count_tokenizer=false", "--export.code=[]"]
     if (limit := config.export.max_bytes) is not None:
         left = limit - code_bytes
         if left <= 0:
             raise TitanError(f"export.max_bytes: the code alone has {code_bytes:,} bytes of {limit:,}")
         overrides.append(f"--export.max_bytes={left}")
-    export_run(run, output=artifact, overrides=overrides, device=config.train.device)
+    return export_run(run, output=artifact, overrides=overrides, device=config.train.device, scored=False)
 
 
 # ---------------------------------------------------------------- scoring

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -63,8 +63,8 @@ class SeedResult:
     artifact_bytes: int
     scores: Mapping[str, Score]
     """By stage, in order: "raw", "averaged", "after round trip", "sliding"; the last one counts."""
-    prune_fraction: float | None = None
-    """Share of the weights set to zero so that the artifact fits; None without pruning."""
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    """What the fitter settled on for this seed: {"prune_fraction": 0.12}."""
 
     @property
     def final(self) -> Score:
@@ -150,6 +150,7 @@ def metadata(submission: Submission) -> dict[str, Any]:
                 "steps": result.steps,
                 "step_avg_ms": round(result.step_avg_ms, 3),
                 "eval_time_s": round(result.eval_time_s, 3),
+                **{name: round(value, 6) for name, value in result.chosen.items()},
             }
             for result in results
         },

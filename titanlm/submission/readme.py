@@ -33,19 +33,19 @@ def _head(submission: Submission) -> str:
 def _scores(submission: Submission) -> str:
     results = submission.results
     stages = list(dict.fromkeys(stage for result in results for stage in result.scores))
-    pruned = any(result.prune_fraction is not None for result in results)
+    chosen = list(dict.fromkeys(name for result in results for name in result.chosen))
     rows = [
         [
             str(result.seed),
             f"{result.steps:,}",
             f"{result.step_avg_ms:.2f}",
             *(f"{result.scores[stage].val_bpb:.5f}" if stage in result.scores else "–" for stage in stages),
-            *([f"{result.prune_fraction:.2f}" if result.prune_fraction is not None else "–"] if pruned else []),
+            *(f"{result.chosen[name]:.4g}" if name in result.chosen else "–" for name in chosen),
             f"{submission.bytes_code + result.artifact_bytes:,}",
         ]
         for result in results
     ]
-    header = ["seed", "steps", "ms/step", *stages, *(["pruned"] if pruned else []), "bytes"]
+    header = ["seed", "steps", "ms/step", *stages, *(name.replace("_", " ") for name in chosen), "bytes"]
     said = "; ".join(["Bits per byte", "bytes: code and artifact", *(f"{stage}: {_STAGES[stage]}" for stage in stages if stage in _STAGES)]) + "."
     bits, losses = submission.bits, submission.losses
     spread = "" if bits.sd is None or losses.sd is None else f", standard deviation {bits.sd:.5f} and {losses.sd:.5f}"

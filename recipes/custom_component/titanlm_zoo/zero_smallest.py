@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from titanlm.constraints import Fraction, PositiveInt
 from titanlm.errors import ArtifactError
+from titanlm.exporters.encoding import Candidate
 from titanlm.registry import register
 
 
@@ -31,16 +32,18 @@ class ZeroSmallest:
     def __init__(self, config: ZeroSmallestConfig, *, max_bytes: int) -> None:
         self.config, self.max_bytes = config, max_bytes
 
-    def fit(self, tensors: dict[str, Tensor], size_bytes: Callable[[dict[str, Tensor]], int]) -> dict[str, Tensor]:
+    def fit(self, candidate: Candidate, size_bytes: Callable[[Candidate], int]) -> Candidate:
         """Raises ArtifactError when even ``max_fraction`` of zeros is too large."""
-        if size_bytes(tensors) <= self.max_bytes:
-            return tensors
+        if size_bytes(candidate) <= self.max_bytes:
+            return candidate
+        tensors = candidate.tensors
         sizes = {name: _relative(tensor) for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.is_floating_point()}
         ordered = torch.cat([size.flatten() for size in sizes.values()]).sort().values
 
-        def zeroed(fraction: float) -> dict[str, Tensor]:
+        def zeroed(fraction: float) -> Candidate:
             edge = ordered[max(0, int(fraction * len(ordered)) - 1)]
-            return tensors | {name: tensors[name].masked_fill(size <= edge, 0.0) for name, size in sizes.items()}
+            zeros = {name: tensors[name].masked_fill(size <= edge, 0.0) for name, size in sizes.items()}
+            return replace(candidate, tensors={**tensors, **zeros}, chosen={"zero_fraction": fraction})
 
         low, high = 0.0, self.config.max_fraction
         best = zeroed(high)
@@ -51,9 +54,9 @@ class ZeroSmallest:
             )
         for _ in range(self.config.halvings):
             middle = (low + high) / 2
-            candidate = zeroed(middle)
-            if size_bytes(candidate) <= self.max_bytes:
-                high, best = middle, candidate
+            smaller = zeroed(middle)
+            if size_bytes(smaller) <= self.max_bytes:
+                high, best = middle, smaller
             else:
                 low = middle
         return best
