@@ -58,6 +58,30 @@ run = ["eval", "{train.output}"]
 MODEL = 'model = {name = "decoder", n_layers = 1, d_model = 16, n_heads = 2}\noptimizer = "adamw"\n'
 
 
+EACH = """
+scales = ["small", "large"]
+
+[[stage]]
+name = "train"
+config = "configs/run.toml"
+each = [7, 8]
+run = ["train", "{config}", "--run.dir={out}", "--run.name=seed-{each}"]
+overrides = ["--train.seed={each}"]
+output = "{out}/seed-{each}"
+[stage.large]
+each = [1337, "42", 2024]
+
+[[stage]]
+name = "submission"
+run = ["submission", "build", "{train.output}", "--output", "{out}/made", "--name", "n", "--author", "a", "--github-id", "g"]
+
+[[stage]]
+name = "eval"
+scales = ["small"]
+run = ["eval", "{train-8.output}"]
+"""
+
+
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe of two scales in recipes/two of the working directory."""
@@ -223,6 +247,113 @@ def test_what_is_asked_of_a_recipe_may_be_wrong(two: Path) -> None:
     ]
 
 
+# ---------------------------------------------------------------- each
+def test_a_stage_for_each_value(two: Path) -> None:
+    two.write_text(EACH, encoding="utf-8")
+    recipe = open_recipe("two")
+    small, large = recipe.at(out=Path("out")), recipe.at("large", Path("out"), ["--train.steps=3"])
+    assert [(stage.name, stage.of) for stage in small.stages] == [("train-7", "train"), ("train-8", "train"), ("submission", "submission"), ("eval", "eval")]
+    assert small.stages[1].words == ("train", "recipes/two/configs/run.toml", "--run.dir=out", "--run.name=seed-8", "--train.seed=8")
+    assert small.stages[1].output == "out/seed-8"
+    assert small.stages[2].words[:5] == ("submission", "build", "out/seed-7", "out/seed-8", "--output")
+    assert small.stages[3].words == ("eval", "out/seed-8")
+    assert [stage.name for stage in large.stages] == ["train-1337", "train-42", "train-2024", "submission"]
+    assert large.stages[3].words[2:5] == ("out/seed-1337", "out/seed-42", "out/seed-2024")
+    assert {name: (each.train.seed, each.train.steps) for name, each in large.configs().items()} == {
+        "train-1337": (1337, 3), "train-42": (42, 3), "train-2024": (2024, 3),
+    }  # fmt: skip
+
+
+def test_one_value_is_one_path(two: Path) -> None:
+    """So it may stand inside a word, and the stage is called by its value all the same."""
+    two.write_text(EACH.replace("[7, 8]", "[8]").replace("{train-8.output}", "{train.output}/checkpoints"), encoding="utf-8")
+    stages = open_recipe("two").at(out=Path("out")).stages
+    assert [stage.command for stage in stages[::2]] == [
+        "titanlm train recipes/two/configs/run.toml --run.dir=out --run.name=seed-8 --train.seed=8",
+        "titanlm eval out/seed-8/checkpoints",
+    ]
+
+
+EACH_MISTAKES = """
+scales = ["small", "large"]
+
+[[stage]]
+name = "train"
+config = "configs/run.toml"
+each = [7, 8]
+run = ["train", "{config}", "--run.name={each}", "--run.dir={train-7.output}", "--train.seed={eval-1.output}"]
+output = "{out}/run"
+
+[[stage]]
+name = "eval"
+scales = ["small"]
+each = [1]
+run = ["eval", "{out}", "--validation.0.name={train.output}"]
+output = "{train.output}"
+
+[[stage]]
+name = "eval"
+scales = ["large"]
+each = []
+run = ["eval", "{train-9.output}", "--weights", "{each}"]
+
+[[stage]]
+name = "train-8"
+run = ["list", "{each}"]
+
+[[stage]]
+name = "last"
+each = 3
+scales = ["small"]
+run = ["list"]
+[stage.small]
+each = [true, 1.5, "a b", 3, "3", -3, ""]
+"""
+
+
+def test_all_mistakes_of_each_at_once(two: Path) -> None:
+    two.write_text(EACH_MISTAKES, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load(two.relative_to(Path.cwd()))
+    said = [problem.partition("recipe.toml:")[2] for problem in caught.value.problems]
+    assert len(said) == len(set(said))
+    expected = [
+        "8: stage.0.run: {train-7.output}: a stage cannot name its own output",
+        "8: stage.0.run: {eval-1.output}: stage 'eval-1' comes later",
+        "8: stage.0.run: {eval-1.output}: stage 'eval-1' is not at scale 'large'",
+        "9: stage.0.output: has no {each}, so all stages would write to one place",
+        "14: stage.1.each: `run` does not name it, so all stages would do the same; write {each} where they differ",
+        "15: stage.1.run: {train.output}: 2 paths, which cannot stand inside '--validation.0.name={train.output}'; "
+        "make it a word by itself, or name one, such as {train-7.output}",
+        "16: stage.1.output: {train.output} is 2 paths; an output is one",
+        "21: stage.2.each: has no value; name at least one, such as each = [1337, 42], or leave it out",
+        "22: stage.2.run: {train-9.output}: stands for nothing; did you mean 'train-8.output'?",
+        "22: stage.2.run: {each}: the stage has no each at scale 'large'",
+        "25: stage.3.name: two stages are called 'train-8' at one scale; give each a name of its own",
+        "26: stage.3.run: {each}: the stage has no each at scale 'small'",
+        '34: stage.4.small.each.0: expected a whole number or a string, got True; write "True"',
+        '34: stage.4.small.each.1: expected a whole number or a string, got 1.5; write "1.5"',
+        "34: stage.4.small.each.2: 'a b': it is part of the stage's name",
+        "34: stage.4.small.each.4: '3' is in it twice",
+        "34: stage.4.small.each.5: -3: it is part of the stage's name",
+        "34: stage.4.small.each.6: '': it is part of the stage's name",
+        "30: stage.4.each: expected a list of whole numbers and strings, got 3",
+    ]
+    missing = [text for text in expected if not any(problem.startswith(text) for problem in said)]
+    assert not missing, said
+
+
+def test_what_stages_differ_in_is_not_overridden(two: Path) -> None:
+    two.write_text(EACH, encoding="utf-8")
+    recipe = open_recipe("two")
+    with pytest.raises(TitanError, match=r"--train.seed=3: would make the stages of 'train' equal, which differ in it; change `each` in recipes/two/r"):
+        recipe.at(overrides=["--train.steps=3", "--train.seed=3"])
+    with pytest.raises(ConfigError) as caught:
+        recipe.at(overrides=["--train.stepps=3"]).configs()
+    assert len(caught.value.problems) == 1  # once, not a seed
+    assert caught.value.problems[0].startswith("stage 'train': --train.stepps: train.stepps: unknown key")
+
+
 # ---------------------------------------------------------------- plans
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.parent.name)
 def test_every_shipped_recipe_plans(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,6 +392,27 @@ def test_a_plan_of_a_config(two: Path) -> None:
     assert "max_wallclock_s ends it after 0.01 hours; all steps within them take 0% MFU" in text
     assert text.startswith("recipes/two/recipe.toml: scale small, 3 stages in runs/two-small\n")
     assert "1. data\n   titanlm tokenizer train --type spm" in text
+
+
+def test_a_plan_counts_the_stages_of_each(two: Path) -> None:
+    two.write_text(EACH, encoding="utf-8")
+    (two.parent / "configs" / "run.toml").write_text(MODEL.replace("n_heads = 2", "n_heads = 2, vocab_size = 257"), encoding="utf-8")
+    recipe, overrides = open_recipe("two"), ["--train.steps=10", "--train.max_wallclock_s=36"]
+    text = plan(recipe.at("large", overrides=overrides), device_name="H100")
+    flops = planned_model(config.load(two.parent / "configs" / "run.toml")).flops_per_token(1024) * 327_680
+    assert text.startswith("recipes/two/recipe.toml: scale large, 4 stages in runs/two-large\n")
+    assert text.count("\n   takes            what train-1337 does\n") == 2
+    tokens, total, hours, limit = text.partition("\n\ntrain-1337, train-42, train-2024 together\n")[2].splitlines()
+    assert tokens.split() == ["tokens", "983,040"]
+    assert total.split() == ["FLOPs", f"{3 * flops:.3g}"]
+    assert hours.split()[1] == f"{3 * flops / (0.2 * 989e12) / 3600:,.2f}"
+    assert limit.strip() == "train.max_wallclock_s ends them after 0.03 hours"
+    # What is not equal is computed by itself: another length for each.
+    two.write_text(EACH.replace("--train.seed={each}", "--train.steps={each}"), encoding="utf-8")
+    text = plan(open_recipe("two").at("small"))
+    assert "in 7 steps\n" in text
+    assert "in 8 steps\n" in text
+    assert f"\n   tokens           {15 * 32_768:,}\n" in text
 
 
 def test_what_is_not_known_is_said(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,7 +553,7 @@ def test_hsdp_and_offload_by_hand(tiny: Path) -> None:
 
 # ---------------------------------------------------------------- runs
 class Child:
-    """Stands in for the stages' processes: notes their commands, makes their outputs, and ends as it is told."""
+    """Stands in for the stages' processes: notes their commands, by verb and run, makes their outputs, and ends as it is told."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -409,10 +561,13 @@ class Child:
 
     def __call__(self, command: list[str], received: list[int], instead: dict[int, int]) -> tuple[int, int]:
         verb = command[command.index("titanlm") + 1]
-        self.ran.append(verb)
-        status, interrupted = self.ends.pop(verb, (0, 0))
-        if not status:
-            {"tokenizer": lambda: Path("out/spm.model").touch(), "train": lambda: Path("out/run").mkdir(exist_ok=True)}.get(verb, lambda: None)()
+        run = next((word.partition("=")[2] for word in command if word.startswith("--run.name=")), "")
+        self.ran.append(f"{verb} {run}".strip())
+        status, interrupted = self.ends.pop(self.ran[-1], (0, 0))
+        if not status and verb == "tokenizer":
+            Path("out/spm.model").touch()
+        if not status and verb == "train":
+            Path("out", run or "run").mkdir(exist_ok=True)
         return status, interrupted
 
 
@@ -465,6 +620,30 @@ def test_a_stage_that_does_not_end_well_ends_the_run(child: Child, status: int, 
     assert ("out/run is of an earlier run; move it away to begin it anew" in said) is not bool(interrupted)
     assert ("the same command goes on here" in said) is bool(interrupted)
     assert again(child) == ["train", "eval"]
+
+
+def test_each_stage_is_passed_over_by_itself(child: Child, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two.write_text(EACH, encoding="utf-8")
+    child.ends["train seed-8"] = (130, signal.SIGINT)
+    assert cli.main(["recipe", "run", "two", "--output", "out"]) == 130
+    assert child.ran == ["train seed-7", "train seed-8"]
+    assert again(child) == ["train seed-8", "submission", "eval"]
+    assert again(child) == []
+    Path("out/seed-7").rmdir()  # of the first: the second does not follow from it
+    assert again(child, "--dry-run") == []
+    said = capsys.readouterr().out.splitlines()[-8::2]
+    assert said == ["train-7: runs, out/seed-7 is gone", "train-8: finished", "submission: runs, train-7 runs before it", "eval: runs, train-7 runs before it"]
+    child.ends["train seed-7"] = (1, 0)
+    assert cli.main(["recipe", "run", "two", "--output", "out"]) == 1
+    assert list(json.loads(Path("out/recipe.json").read_text(encoding="utf-8"))["stages"]) == ["train-8"]
+    assert again(child) == ["train seed-7", "submission", "eval"]
+    assert again(child, "--from", "train-8") == ["train seed-8", "submission", "eval"]
+    assert again(child, "--from", "train") == ["train seed-7", "train seed-8", "submission", "eval"]
+    two.write_text(EACH.replace("[7, 8]", "[9, 7, 8]"), encoding="utf-8")
+    assert again(child) == ["train seed-9", "submission", "eval"]
+    capsys.readouterr()
+    assert cli.main(["recipe", "run", "two", "--output", "out", "--from", "train-5"]) == 2
+    assert "(stages: train, train-9, train-7, train-8, submission, eval)" in capsys.readouterr().err
 
 
 def test_a_signal_that_a_stage_did_not_heed_ends_the_run_after_it(child: Child) -> None:
@@ -604,12 +783,27 @@ def test_train_stages_run_on_several_processes(tiny: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_golf_recipe_runs_to_its_end_at_scale_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As shipped: tokenizer, shards, training, an artifact under its limit, its score."""
+def test_the_golf_recipe_ends_in_a_submission_that_verifies_at_scale_smoke(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As shipped: tokenizer, shards, two seeds, a folder under its limit that is scored again by its own script."""
     out = tmp_path / "golf"
-    assert cli.main(["recipe", "run", str(ROOT / "recipes" / "golf"), "--scale", "smoke", "--output", str(out)]) == 0
-    assert (out / "golf.titanlm").stat().st_size <= config.load(ROOT / "train_configs" / "golf" / "smoke.toml").export.max_bytes
-    scored = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert next(row for row in reversed(scored) if "validation/sliding/averaged_bits_per_byte" in row)["validation/sliding/averaged_bits_per_byte"] < 2.6
-    assert cli.main(["recipe", "run", str(ROOT / "recipes" / "golf"), "--scale", "smoke", "--output", str(out)]) == 0
-    assert capsys.readouterr().out.count("finished before") == 6
+    command = ["recipe", "run", str(ROOT / "recipes" / "golf"), "--scale", "smoke", "--output", str(out)]
+    assert cli.main(command) == 0
+    said = capfd.readouterr().out
+    assert " 0 failed" in said
+    assert "re-score: without titanlm, network and training data" in said
+    folder = out / "submission"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "loss.png", "model.titanlm", "requirements.txt", "submission.json", "train_gpt.py", "train_seed1337.log", "train_seed42.log",
+    }  # fmt: skip
+    limit = config.load(ROOT / "train_configs" / "golf" / "smoke.toml").export.max_bytes
+    assert limit is not None
+    assert (folder / "train_gpt.py").stat().st_size + (folder / "model.titanlm").stat().st_size <= limit
+    document = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
+    assert document["seeds"] == [1337, 42]
+    assert document["val_bpb"] < 2.6
+    assert document["val_bpb_std"] > 0
+    for seed in (1337, 42):  # what each run logged itself
+        assert f"seed:{seed}" in (out / f"train-{seed}" / f"train_seed{seed}.log").read_text(encoding="utf-8").splitlines()
+        assert "made of metrics.jsonl" not in (folder / f"train_seed{seed}.log").read_text(encoding="utf-8")
+    assert cli.main(command) == 0
+    assert capfd.readouterr().out.count("finished before") == 8

@@ -7,6 +7,10 @@ printed before anything runs. What differs between two cores and a cluster is
 said by scale: stages that exist at some scales only, and a config or overrides
 of a stage at a scale.
 
+Runs that differ in one thing, such as the seeds of a submission, are one entry of
+the file with ``each``, which becomes a stage for each of its values. A later
+stage that names its output gets all of them, a word each.
+
 A recipe is read with plain tables rather than pydantic, because `titanlm recipe
 list` answers without it, and every mistake at every scale is reported at once,
 whichever scale is asked for.
@@ -34,12 +38,17 @@ if TYPE_CHECKING:
 
 FILE = "recipe.toml"
 _KEYS = ("description", "scales", "stage")
-_STAGE_KEYS = ("name", "scales", "run", "config", "overrides", "output")
-_SCALE_KEYS = ("config", "overrides")
+_STAGE_KEYS = ("name", "scales", "each", "run", "config", "overrides", "output")
+_SCALE_KEYS = ("each", "config", "overrides")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_VALUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Of ``each``; part of names and paths."""
 _PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_.-]+)\}")
 """With a blank or an equals sign in it, it is an inline table of TOML."""
 _UNQUOTABLE = re.compile(r"""["'\\{}\x00-\x1f]""")
+
+_Values = Mapping[str, tuple[str, ...]]
+"""Placeholder → what it stands for, which is several paths for the output of stages that differ in ``each``."""
 
 T = TypeVar("T")
 
@@ -49,6 +58,8 @@ class Stage:
     """A stage at a scale, its placeholders filled in."""
 
     name: str
+    of: str
+    """What the file calls it: ``name`` but for the value of ``each``, so stages that differ in that alone share it."""
     words: tuple[str, ...]
     """Its command, without `titanlm`."""
     output: str
@@ -77,7 +88,7 @@ class ScaledRecipe:
     stages: tuple[Stage, ...]
 
     def configs(self) -> dict[str, RunConfig]:
-        """Stage → its config, of those that have one. Raises ConfigError with the mistakes of all."""
+        """Stage → its config, of those that have one. Raises ConfigError with the mistakes of all, those of equal stages once."""
         from titanlm.config import load
 
         configs, problems = {}, []
@@ -87,9 +98,9 @@ class ScaledRecipe:
             try:
                 configs[stage.name] = load(stage.config, stage.overrides)
             except ConfigError as error:
-                problems += [f"stage {stage.name!r}: {problem}" for problem in error.problems]
+                problems += [f"stage {stage.of!r}: {problem}" for problem in error.problems]
         if problems:
-            raise ConfigError(problems, str(self.recipe.path))
+            raise ConfigError(list(dict.fromkeys(problems)), str(self.recipe.path))
         return configs
 
 
@@ -103,10 +114,25 @@ class _Entry:
     scales: tuple[str, ...]
     run: tuple[str, ...]
     output: str
+    each: dict[str, tuple[str, ...]]
+    """By scale; none at a scale where it is one stage."""
     config: dict[str, Path]
     """By scale."""
     overrides: dict[str, tuple[str, ...]]
     """By scale."""
+
+    def stages(self, scale: str) -> dict[str, str]:
+        """Name → value of ``each``, empty for the one stage that an entry without it is."""
+        return {f"{self.name}-{value}": value for value in self.each[scale]} if scale in self.each else {self.name: ""}
+
+    def names(self, scale: str) -> set[str]:
+        """What its stages may be called by, singly and all at once."""
+        return {self.name, *self.stages(scale)}
+
+    def words(self, scale: str) -> Iterator[tuple[str, str]]:
+        """(key, word) of the command, overrides included."""
+        yield from (("run", word) for word in self.run)
+        yield from (("overrides", word) for word in self.overrides[scale])
 
 
 @dataclass(frozen=True)
@@ -135,11 +161,15 @@ class Recipe:
         problems: list[str] = []
         stages = tuple(_stages(self.entries, scale, out, overrides, lambda key, text: problems.append(text)))
         if problems:  # of the folder, for the file itself was checked
-            raise ConfigError(problems, str(self.path))
+            raise ConfigError(list(dict.fromkeys(problems)), str(self.path))
         if overrides and not any(stage.trains for stage in stages):
             raise TitanError(f"{overrides[0]}: overrides change train stages, and {self.path} has none at scale {scale}")
         if moved := next((word for word in overrides if word.startswith(("--run.name=", "--run.dir="))), None):
             raise TitanError(f"{moved}: where a stage writes is the recipe's to say, since later ones read it there; --output DIR moves all of them")
+        for entry in (entry for entry in self.entries if scale in entry.scales and entry.run[0] == "train"):
+            differing = {word.partition("=")[0] for _, word in entry.words(scale) if "{each}" in word}
+            if made_equal := next((word for word in overrides if word.partition("=")[0] in differing), None):
+                raise TitanError(f"{made_equal}: would make the stages of {entry.name!r} equal, which differ in it; change `each` in {self.path}")
         return ScaledRecipe(self, scale, out, stages)
 
 
@@ -213,10 +243,12 @@ class _Reader:
         if not tables:
             self.problem(("stage",), "missing; a recipe has at least one [[stage]]")
         entries = tuple(entry for index, table in enumerate(tables) if (entry := self._entry(index, table, scales)) is not None)
-        for position, entry in enumerate(entries):
-            if any(entry.name == other.name and set(entry.scales) & set(other.scales) for other in entries[:position]):
-                self.problem(("stage", entry.index, "name"), f"two stages are called {entry.name!r} at one scale; give each a name of its own")
         for scale in scales:
+            taken: set[str] = set()
+            for entry in (entry for entry in entries if scale in entry.scales):
+                for twice in sorted(taken & entry.names(scale)):
+                    self.problem(("stage", entry.index, "name"), f"two stages are called {twice!r} at one scale; give each a name of its own")
+                taken |= entry.names(scale)
             if entries and not any(scale in entry.scales for entry in entries):
                 self.problem(("scales",), f"no stage is at scale {scale!r}")
         description = self._get(self.tables, ("description",), str, "", "a string")
@@ -243,17 +275,20 @@ class _Reader:
             self.problem((*at, "run"), 'missing; the words after `titanlm`, such as run = ["train", "{config}"]')
         elif run[0] == "recipe":
             self.problem((*at, "run"), "a recipe runs no recipes; give their stages")
-        config, overrides = {}, {}
+        each, config, overrides = {}, {}, {}
         for scale in scales:
             special = self._get(table, (*at, scale), dict, {}, "a table") if scale not in _STAGE_KEYS else {}
             if special and scale not in own:
                 self.problem((*at, scale), f"the stage is not at scale {scale!r}; its scales are {', '.join(own)}")
             self._known(special, (*at, scale), _SCALE_KEYS)
-            place: KeyPath = (*at, scale, "config") if "config" in special else (*at, "config")
-            if file := self._get(special if "config" in special else table, place, str, "", "a string"):
+            source, place = (special, (*at, scale, "each")) if "each" in special else (table, (*at, "each"))
+            if values := self._each(source, place):
+                each[scale] = values
+            source, place = (special, (*at, scale, "config")) if "config" in special else (table, (*at, "config"))
+            if file := self._get(source, place, str, "", "a string"):
                 config[scale] = self._beside(file, place)
             overrides[scale] = (*self._texts(table, (*at, "overrides")), *self._texts(special, (*at, scale, "overrides")))
-        return _Entry(index, name, own, run, self._get(table, (*at, "output"), str, "", "a string"), config, overrides)
+        return _Entry(index, name, own, run, self._get(table, (*at, "output"), str, "", "a string"), each, config, overrides)
 
     def _beside(self, file: str, key: KeyPath) -> Path:
         """A path that is relative to the recipe, relative to the working directory if it lies in it."""
@@ -284,6 +319,23 @@ class _Reader:
                 self.problem((*key, index), f'expected a string, got {value!r}; write "{value}"')
         return tuple(value for value in values if isinstance(value, str))
 
+    def _each(self, table: Mapping[str, Any], key: KeyPath) -> tuple[str, ...]:
+        """The values of ``each``, as text."""
+        values: list[Any] = self._get(table, key, list, [], "a list of whole numbers and strings")
+        if not values and str(key[-1]) in table:
+            self.problem(key, "has no value; name at least one, such as each = [1337, 42], or leave it out")
+        texts = []
+        for index, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, int | str):
+                self.problem((*key, index), f'expected a whole number or a string, got {value!r}; write "{value}"')
+            elif not _VALUE.fullmatch(str(value)):
+                self.problem((*key, index), f"{value!r}: it is part of the stage's name, and has letters, digits, and from the second on . _ and -")
+            elif str(value) in texts:
+                self.problem((*key, index), f"{value!r} is in it twice")
+            else:
+                texts.append(str(value))
+        return tuple(texts)
+
     def _names(self, table: Mapping[str, Any], key: KeyPath) -> tuple[str, ...]:
         names = self._texts(table, key)
         for name in names:
@@ -296,45 +348,71 @@ class _Reader:
 def _stages(entries: Sequence[_Entry], scale: str, out: Path, overrides: Sequence[str], problem: Callable[[KeyPath, str], None]) -> Iterator[Stage]:
     """The stages at a scale. What is wrong with one goes to ``problem``; those after it are looked at all the same."""
     here = [entry for entry in entries if scale in entry.scales and entry.run]
-    outputs: dict[str, str] = {}
+    outputs: dict[str, tuple[str, ...]] = {}
     for position, entry in enumerate(here):
-        values = {"out": str(out)} | outputs
-        if scale in entry.config:
-            values["config"] = str(entry.config[scale])
-
-        def filled(text: str, key: KeyPath, values: Mapping[str, str] = values, later: Sequence[_Entry] = here[position:]) -> str:
-            for name in dict.fromkeys(_PLACEHOLDER.findall(text)):
-                if name not in values:
-                    problem(key, f"{{{name}}}: {_why_not(name, values, entries, later, scale)}")
-            return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), text)
-
         at: KeyPath = ("stage", entry.index)
-        added = tuple(overrides) if entry.run[0] == "train" else ()
-        words = (*(filled(word, (*at, "run")) for word in entry.run), *(filled(word, (*at, "overrides")) for word in entry.overrides[scale]), *added)
-        if "config" in values and not any("{config}" in word for word in (*entry.run, *entry.overrides[scale])):
-            problem((*at, "config"), "`run` does not name it; write {config} where the file goes")
-        output = filled(entry.output, (*at, "output"))
-        # Known by its name even if it is wrong, so that one mistake is not told again by every later stage.
-        outputs |= {f"{entry.name}.output": output} if entry.output else {}
-        arguments = arguments_of(words)
-        if isinstance(arguments, str):
-            problem((*at, "run"), f"titanlm {' '.join(takewhile(str.isalpha, entry.run))}: {arguments}")
-            continue
-        files = [value for name in ("file", "config") if isinstance(value := getattr(arguments, name, None), Path)]
-        yield Stage(entry.name, words, output, files[0] if files else entry.config.get(scale), tuple(arguments.overrides))
+        common = {"out": (str(out),)} | outputs
+        if scale in entry.config:
+            common["config"] = (str(entry.config[scale]),)
+            if not any("{config}" in word for _, word in entry.words(scale)):
+                problem((*at, "config"), "`run` does not name it; write {config} where the file goes")
+        if scale in entry.each:
+            if not any("{each}" in word for _, word in entry.words(scale)):
+                problem((*at, "each"), "`run` does not name it, so all stages would do the same; write {each} where they differ")
+            if entry.output and "{each}" not in entry.output:
+                problem((*at, "output"), "has no {each}, so all stages would write to one place")
+        made: dict[str, tuple[str, ...]] = {}
+        for name, value in entry.stages(scale).items():
+            values = common | ({"each": (value,)} if scale in entry.each else {})
+
+            def filled(text: str, key: str, at: KeyPath = at, values: _Values = values, later: Sequence[_Entry] = here[position:]) -> tuple[str, ...]:
+                for wrong in _wrong(text, values, entries, later, scale):
+                    problem((*at, key), wrong)
+                return _filled(text, values)
+
+            words = (*(word for key, text in entry.words(scale) for word in filled(text, key)), *(overrides if entry.run[0] == "train" else ()))
+            output = filled(entry.output, "output")
+            if len(output) > 1:
+                problem((*at, "output"), f"{entry.output} is {len(output)} paths; an output is one")
+            # Known by its name even if it is wrong, so that one mistake is not told again by every later stage.
+            made |= {f"{name}.output": output[:1]} if entry.output else {}
+            arguments = arguments_of(words)
+            if isinstance(arguments, str):
+                problem((*at, "run"), f"titanlm {' '.join(takewhile(str.isalpha, entry.run))}: {arguments}")
+                continue
+            files = [file for name in ("file", "config") if isinstance(file := getattr(arguments, name, None), Path)]
+            yield Stage(name, entry.name, words, output[0], files[0] if files else entry.config.get(scale), tuple(arguments.overrides))
+        outputs |= ({f"{entry.name}.output": tuple(path for (path,) in made.values())} if made else {}) | made
 
 
-def _why_not(name: str, values: Mapping[str, str], entries: Sequence[_Entry], later: Sequence[_Entry], scale: str) -> str:
+def _filled(text: str, values: _Values) -> tuple[str, ...]:
+    """A text with its placeholders filled in; of one that is all of the text, every value is a text."""
+    if (whole := _PLACEHOLDER.fullmatch(text)) and whole[1] in values:
+        return values[whole[1]]
+    return (_PLACEHOLDER.sub(lambda match: values.get(match[1], (match[0],))[0], text),)
+
+
+def _wrong(text: str, values: _Values, entries: Sequence[_Entry], later: Sequence[_Entry], scale: str) -> Iterator[str]:
+    """What is wrong with the placeholders of a text of ``later[0]``."""
+    for name in dict.fromkeys(_PLACEHOLDER.findall(text)):
+        if name not in values:
+            yield f"{{{name}}}: {_why_not(name, values, entries, later, scale)}"
+        elif len(paths := values[name]) > 1 and text != f"{{{name}}}":
+            (one, *_) = (other for other, value in values.items() if value == paths[:1])
+            yield f"{{{name}}}: {len(paths)} paths, which cannot stand inside {text!r}; make it a word by itself, or name one, such as {{{one}}}"
+
+
+def _why_not(name: str, values: _Values, entries: Sequence[_Entry], later: Sequence[_Entry], scale: str) -> str:
     """Why a placeholder stands for nothing."""
     stage = name.removesuffix(".output")
-    if name == "config":
-        return f"the stage has no config at scale {scale!r}"
-    if stage != name and stage == later[0].name:
+    if name in ("config", "each"):
+        return f"the stage has no {name} at scale {scale!r}"
+    if stage != name and stage in later[0].names(scale):
         return "a stage cannot name its own output"
-    if stage != name and any(entry.name == stage for entry in later):
+    if stage != name and any(stage in entry.names(scale) for entry in later):
         return f"stage {stage!r} comes later"
-    if stage != name and any(entry.name == stage and scale in entry.scales for entry in entries):
+    if stage != name and any(stage in entry.names(scale) and scale in entry.scales for entry in entries):
         return f"stage {stage!r} says no output"
-    if stage != name and any(entry.name == stage for entry in entries):
+    if stage != name and any(stage in entry.names(other) for entry in entries for other in entry.scales):
         return f"stage {stage!r} is not at scale {scale!r}"
     return f"stands for nothing{did_you_mean(name, values)} (here: {', '.join(values)})"

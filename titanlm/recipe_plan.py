@@ -20,8 +20,8 @@ one copy (`fsdp2`: all, `hsdp`: a group):
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,8 +179,27 @@ def peak_of(device_name: str) -> float:
 
 
 # ---------------------------------------------------------------- text
+class _Training:
+    """What a train stage computes. Raises ValueError for settings that make no model."""
+
+    def __init__(self, config: RunConfig) -> None:
+        train = config.train
+        self.config = config
+        self.step_tokens = train.global_batch * train.seq_len
+        self.tokens = self.step_tokens * train.steps
+        self.model, self.unknown = None, ""
+        try:
+            self.model = planned_model(config)
+        except TitanError as error:
+            self.unknown = str(error)
+
+    @property
+    def token_flops(self) -> float:
+        return 0.0 if self.model is None else self.model.flops_per_token(self.config.train.seq_len)
+
+
 def plan(scaled: ScaledRecipe, *, n_devices: int = 1, device_name: str | None = None) -> str:
-    """The stages with their commands, and what train stages take on so many devices.
+    """The stages with their commands, and what train stages take on so many devices, each and, where they are several, together.
 
     Raises ConfigError with the mistakes of all configs, TitanError for a device
     whose peak is not known.
@@ -190,6 +209,7 @@ def plan(scaled: ScaledRecipe, *, n_devices: int = 1, device_name: str | None = 
     configs, problems = scaled.configs(), []
     n_stages = len(scaled.stages)
     lines = [f"{scaled.recipe.path}: scale {scaled.scale}, {n_stages} stage{'s' * (n_stages != 1)} in {scaled.out}"]
+    trainings: dict[str, _Training] = {}
     for number, stage in enumerate(scaled.stages, 1):
         lines += ["", f"{number}. {stage.name}", f"   {stage.command}"]
         rows = [("output", stage.output)] if stage.output else []
@@ -197,34 +217,45 @@ def plan(scaled: ScaledRecipe, *, n_devices: int = 1, device_name: str | None = 
             config = configs[stage.name]
             wrong = list(parallel_problems(config, world)) if n_devices > 1 else []
             try:
-                rows += _training(config, world, device_name, peak) if not wrong else []
+                if alike := next((name for name, other in trainings.items() if _alike(config, other.config)), None):
+                    trainings[stage.name] = trainings[alike]
+                    rows.append(("takes", f"what {alike} does"))
+                elif not wrong:
+                    trainings[stage.name] = _Training(config)
+                    rows += _rows(trainings[stage.name], world, device_name, peak)
             except ValueError as error:
                 wrong += str(error).splitlines()
-            problems += [f"stage {stage.name!r}: {problem}" for problem in wrong]
-        lines += [f"   {name:<16} {text}" for name, text in rows]
+            problems += [f"stage {stage.of!r}: {problem}" for problem in wrong]
+        lines += _table(rows)
     if problems:
-        raise ConfigError(problems, str(scaled.recipe.path))
+        raise ConfigError(list(dict.fromkeys(problems)), str(scaled.recipe.path))
+    if len(trainings) > 1:
+        lines += ["", f"{', '.join(trainings)} together", *_table(_together(list(trainings.values()), world, device_name, peak))]
     return "\n".join(lines)
 
 
-def _training(config: RunConfig, world: World, device_name: str | None, peak: float | None) -> Iterator[tuple[str, str]]:
+def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    return (f"   {name:<16} {text}" for name, text in rows)
+
+
+def _alike(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs differ in no more than seed, name and folder."""
+    return replace(one, run=other.run, train=replace(one.train, seed=other.train.seed)) == other
+
+
+def _rows(training: _Training, world: World, device_name: str | None, peak: float | None) -> Iterator[tuple[str, str]]:
     """(name, text) of what a train stage takes."""
-    train = config.train
-    a_step = train.global_batch * train.seq_len
-    tokens = a_step * train.steps
-    try:
-        model = planned_model(config)
-    except TitanError as error:
-        yield "parameters", f"unknown: {error}"
-        model = None
-    if model is not None:
+    config, train, model, tokens = training.config, training.config.train, training.model, training.tokens
+    if model is None:
+        yield "parameters", f"unknown: {training.unknown}"
+    else:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         yield "parameters", f"{parameters:,}" + (f", {trained:,} of them trained" if trained != parameters else "")
-    yield "tokens", f"{a_step:,} a step, {tokens:,} in {train.steps:,} steps"
+    yield "tokens", f"{training.step_tokens:,} a step, {tokens:,} in {train.steps:,} steps"
     if model is None:
         return
-    flops = model.flops_per_token(train.seq_len)
+    flops = training.token_flops
     yield "FLOPs", f"{flops:,.0f} a token, {flops * tokens:.3g} in all (forward and backward)"
     layout = Layout(config, model, world)
     yield "devices", f"{world.size}, parallel.strategy {layout.strategy!r}" + (f", groups of {layout.shards}" if layout.strategy == "hsdp" else "")
@@ -244,10 +275,28 @@ def _training(config: RunConfig, world: World, device_name: str | None, peak: fl
     if peak is None:
         yield "hours", "computed with --device-name, such as H200"
         return
-    hours = ", ".join(f"{flops * tokens / (share * peak * world.size) / 3600:,.2f} at {share:.0%}" for share in MFUS)
-    yield "hours", f"{hours} MFU, computed, on {world.size} × {device_name} of {peak / 1e12:,.0f} TFLOP/s (dense bf16)"
+    yield "hours", _hours(flops * tokens, world, device_name, peak)
     if train.precision == "fp32":
         yield "", 'train.precision is "fp32": that peak is out of reach'
     if (limit := train.max_wallclock_s) is not None:
         needed = flops * tokens / (limit * peak * world.size)
         yield "", f"train.max_wallclock_s ends it after {limit / 3600:.2f} hours; all steps within them take {needed:.0%} MFU"
+
+
+def _together(trainings: Sequence[_Training], world: World, device_name: str | None, peak: float | None) -> Iterator[tuple[str, str]]:
+    """(name, text) of what several train stages take, one after the other."""
+    yield "tokens", f"{sum(training.tokens for training in trainings):,}"
+    if any(training.model is None for training in trainings):
+        return
+    flops = sum(training.token_flops * training.tokens for training in trainings)
+    yield "FLOPs", f"{flops:.3g}"
+    if peak is not None:
+        yield "hours", _hours(flops, world, device_name, peak)
+        limits = [limit for training in trainings if (limit := training.config.train.max_wallclock_s) is not None]
+        if len(limits) == len(trainings):
+            yield "", f"train.max_wallclock_s ends them after {sum(limits) / 3600:.2f} hours"
+
+
+def _hours(flops: float, world: World, device_name: str | None, peak: float) -> str:
+    hours = ", ".join(f"{flops / (share * peak * world.size) / 3600:,.2f} at {share:.0%}" for share in MFUS)
+    return f"{hours} MFU, computed, on {world.size} × {device_name} of {peak / 1e12:,.0f} TFLOP/s (dense bf16)"

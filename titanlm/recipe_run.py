@@ -3,9 +3,11 @@
 What is finished is written down in ``recipe.json`` of the recipe's folder after
 every stage. A stage is passed over when its command and its resolved config are
 those it was finished with and its output is there; at the first that is not,
-the record of it and of all after it goes, and they run. What such a stage finds
-of its own earlier output is its business: training resumes, `data prepare` goes
-on, `tokenizer train` wants --force.
+the record of it and of all after it goes, and they run. Stages of one ``each`` do
+not follow from one another, so a seed is no reason to train the next one again.
+What a stage finds of its own earlier output is its business: training resumes,
+`data prepare` goes on, `tokenizer train` wants --force, and `submission build`
+wants its folder moved away.
 
 A stage cannot take this process with it, and what it holds in memory is gone
 when it ends. A signal is passed on once; the stage saves, and the record stays
@@ -91,17 +93,17 @@ def digests(scaled: ScaledRecipe) -> dict[str, str]:
 
 def reasons(scaled: ScaledRecipe, manifest: Manifest, configs: dict[str, str], again_from: str | None) -> Iterator[tuple[Stage, str]]:
     """Each stage and why it runs; empty: it is finished. Raises TitanError when there is no stage ``again_from``."""
-    names = [stage.name for stage in scaled.stages]
+    names = list(dict.fromkeys(name for stage in scaled.stages for name in (stage.of, stage.name)))
     if again_from is not None and again_from not in names:
         raise TitanError(f"--from {again_from}: no such stage at scale {scaled.scale}{did_you_mean(again_from, names)} (stages: {', '.join(names)})")
-    first = ""
+    first: Stage | None = None
     for stage in scaled.stages:
         done = manifest.stages.get(stage.name)
-        if first:
-            yield stage, f"{first} runs before it"
+        if first is not None and first.of != stage.of:
+            yield stage, f"{first.name} runs before it"
             continue
         why = ""
-        if stage.name == again_from:
+        if again_from in (stage.of, stage.name):
             why = "--from"
         elif done is None:
             why = "not finished yet"
@@ -111,7 +113,7 @@ def reasons(scaled: ScaledRecipe, manifest: Manifest, configs: dict[str, str], a
             why = "its config changed"
         elif stage.output and not Path(stage.output).exists():
             why = f"{stage.output} is gone"
-        first = stage.name if why else ""
+        first = first or (stage if why else None)
         yield stage, why
 
 
@@ -146,7 +148,7 @@ def _require_ranks(scaled: ScaledRecipe, n_processes: int) -> None:
     loaded, world = scaled.configs(), World(0, n_processes, 0, n_processes)
     trained = [loaded[stage.name] for stage in scaled.stages if stage.trains and stage.name in loaded]
     if problems := [problem for config in trained for problem in parallel_problems(config, world)]:
-        raise ConfigError(problems, f"{scaled.recipe.path} --nproc {n_processes}")
+        raise ConfigError(list(dict.fromkeys(problems)), f"{scaled.recipe.path} --nproc {n_processes}")
 
 
 def _locked(out: Path) -> Lock:
@@ -170,7 +172,7 @@ def _run(scaled: ScaledRecipe, configs: dict[str, str], again_from: str | None, 
                 _say(f"{here}: finished before")
                 continue
             there_before = bool(stage.output) and Path(stage.output).exists()
-            manifest.forget([later.name for later, _ in stages[index:]])
+            manifest.forget([later.name for later, runs in stages[index:] if runs])
             _say(f"{here}: {stage.command}")
             start = time.monotonic()
             command, instead = _process(stage, n_processes)
