@@ -338,7 +338,7 @@ def _submission_build(args: argparse.Namespace) -> None:
         hardware=args.hardware,
         record=record,
     )
-    print(build(args.runs, args.output, about, form="readable" if args.readable else "compressed", device=args.device))
+    print(build(args.runs, args.output, about, form="readable" if args.readable else "compressed", device=args.device, overrides=args.overrides))
 
 
 def _submission_verify(args: argparse.Namespace) -> int:
@@ -596,7 +596,7 @@ def _add_recipe(recipe: Callable[..., Parser]) -> None:
 
 def _add_submission(submission: Callable[..., Parser]) -> None:
     example = "titanlm submission build runs/seed1337 runs/seed42 --output submission --name NAME --author NAME --github-id ID"
-    verb = submission("build", _submission_build, "make a Parameter Golf submission of finished runs, one a seed", example)
+    verb = submission("build", _submission_build, "make a Parameter Golf submission of finished runs, one a seed", example, overrides=True)
     verb.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, equal but for the seed")
     verb.add_argument("--output", metavar="DIR", type=Path, required=True, help="the new folder")
     verb.add_argument("--name", required=True, help="what the submission is called")
@@ -606,7 +606,7 @@ def _add_submission(submission: Callable[..., Parser]) -> None:
     verb.add_argument("--track", choices=["non_record_16mb", "10min_16mb"], default="non_record_16mb", help="default: %(default)s")
     verb.add_argument("--hardware", default="", help="what the runs trained on (default: as the first run's environment.json has it)")
     verb.add_argument("--record", metavar=("NAME", "VAL_LOSS"), nargs=2, help="a record and the mean val_loss of its seeds, to be tested against")
-    verb.add_argument("--readable", action="store_true", help="train_gpt.py as plain text, about six times as many bytes")
+    verb.add_argument("--readable", action="store_true", help="train_gpt.py as plain text, about eight times as many bytes")
     verb.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="that exports and scores (default: %(default)s)")
 
     verb = submission("verify", _submission_verify, "check a submission, anyone's; status 1 if something is wrong", "titanlm submission verify submission")

@@ -47,8 +47,8 @@ def test_two_seeds_become_a_folder_that_verifies(tiny, tmp_path):
     assert document["seed_results"][min(scores, key=scores.__getitem__)]["artifact_bytes"] == artifact
     assert f"{code + artifact:,} bytes, of them {code:,} code" in told
 
-    script = (output / "train_gpt.py").read_text()
-    logs = [(output / f"train_seed{seed}.log").read_text() for seed in (42, 7)]
+    script = (output / "train_gpt.py").read_text(encoding="latin-1")
+    logs = [(output / f"train_seed{seed}.log").read_text(encoding="utf-8") for seed in (42, 7)]
     for log in logs:
         assert log.startswith(script)
         assert log.count(RULE) == 2
@@ -65,6 +65,17 @@ def test_two_seeds_become_a_folder_that_verifies(tiny, tmp_path):
     packages = {line.partition("==")[0] for line in (output / "requirements.txt").read_text().split()}
     assert {"torch", "numpy", "pydantic", "zstandard"} <= packages
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_settled_after_training(tiny, tmp_path):
+    run = trained(tiny, "a", "--export.max_bytes=1000", '--logger=["golf", "jsonl"]')
+    build([run], tmp_path / "s", ABOUT, overrides=["--export.max_bytes=200_000", '--quantizer=[{name="int8"}]'])
+    text, ok = verify(tmp_path / "s")
+    assert ok, text
+    assert 'name = "int8"' in inspect(tmp_path / "s" / "model.titanlm").config
+    for changed in ("--model.d_ff=32", '--quantizer=[{name="int8",qat=true}]'):
+        with pytest.raises(TitanError, match=r"(model\.d_ff|quantizer\S*): .* was trained with .* would train another model"):
+            build([run], tmp_path / "t", ABOUT, overrides=[changed])
 
 
 def test_runs_that_cannot_become_a_submission(tiny, tmp_path):

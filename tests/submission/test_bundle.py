@@ -1,32 +1,40 @@
 """The one file: what is reached, that shortening changes nothing, that the importer serves its own table and nothing else."""
 
 import ast
+import bz2
 import inspect
+import json
 import re
 import subprocess
 import sys
 import textwrap
+import tokenize
 from pathlib import Path
 
 import pytest
+import tomli_w
 
-from titanlm.config import load
+from titanlm.config import dump, load, loads
 from titanlm.errors import TitanError
+from titanlm.loggers.golf import RULE, Golf, GolfConfig
 from titanlm.submission import reached as module
-from titanlm.submission.bundle import Importer, _literal, bundle
-from titanlm.submission.reached import LEFT_OUT
-from titanlm.submission.shorter import shortened
+from titanlm.submission.build import _submitted
+from titanlm.submission.bundle import Importer, _lean, _literal, _packed, bundle
+from titanlm.submission.challenge_log import read_log
+from titanlm.submission.reached import LEFT_OUT, UNSAID, WHERE_USED
 
 ROOT = Path(__file__).parents[2]
-GOLF = ['--logger=["golf", "jsonl"]']
-MAX_COMPRESSED_BYTES = 118_000
-"""Of pr369's train_gpt.py; 0.7 % of what a submission may have."""
+MAX_COMPRESSED_BYTES = 80_000
+"""Of train_gpt.py; 0.5 % of what a submission may have."""
 
 
 @pytest.fixture(scope="module")
 def pr369():
-    config = load(ROOT / "train_configs/golf/pr369.toml", GOLF)
-    return {form: bundle(config, form) for form in ("readable", "compressed")}
+    return {form: bundle(golf("pr369"), form) for form in ("readable", "compressed")}
+
+
+def golf(name, *overrides):
+    return _submitted(load(ROOT / f"train_configs/golf/{name}.toml", overrides))
 
 
 # ---------------------------------------------------------------- of a real config
@@ -63,16 +71,76 @@ def test_modules_are_those_of_the_run(pr369):
 
 
 def test_sizes(pr369):
-    assert pr369["compressed"].n_bytes <= MAX_COMPRESSED_BYTES
-    assert pr369["compressed"].text.isascii()
+    for made in (pr369["compressed"], bundle(golf("pr369_logged"))):
+        assert made.n_bytes == len(made.content) <= MAX_COMPRESSED_BYTES
+
+
+def test_compressed_file_is_source_in_latin_1(pr369, tmp_path):
+    script = tmp_path / "train_gpt.py"
+    script.write_bytes(pr369["compressed"].content)
+    with tokenize.open(script) as file:
+        assert file.read().encode("latin-1") == pr369["compressed"].content
+    assert b"\0" not in pr369["compressed"].content  # 3.12 and later refuse it
+    unpacked = unpack(pr369["compressed"].content)
+    for told in ("class Trainer", "class TitanError", "the environment variable"):
+        assert told in unpacked
+    assert "import titanlm" not in unpacked
+    assert "from titanlm" not in unpacked
+
+
+def test_a_log_with_it_is_utf_8_and_read_as_any(pr369, tmp_path):
+    script = tmp_path / "train_gpt.py"
+    script.write_bytes(pr369["compressed"].content)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(tomli_w.dumps({"train": {"seed": 3, "steps": 9, "global_batch": 2, "seq_len": 8, "priming_steps": 0}, "validation": []}))
+    (run / "environment.json").write_text(json.dumps({"python": "3.11.7", "torch": "2.13.0", "cuda": "", "cpus": 2, "gpus": []}))
+    for start, steps in ((0, [1, 2, 3]), (2, [3])):  # the second resumes, and cuts off what is later than step 2
+        logger = Golf(GolfConfig(source=str(script)), run_dir=run)
+        logger.start(start)
+        for step in steps:
+            logger.log(step, {"loss": 2.0, "elapsed_s": step})
+        logger.close()
+    log = run / "train_seed3.log"
+    source, rule, rest = log.read_text(encoding="utf-8").partition(f"\n{RULE}\n")
+    assert rule
+    assert source.encode("latin-1") == pr369["compressed"].content
+    assert "resumed at step 2" in rest
+    assert rest.count("step:3/9") == 1
+    with open(log, "rb") as file:
+        read = read_log(file)
+    assert (read.seed, read.steps, read.train_time_ms) == (3, 3, 3000)
+
+
+def packed_in(script: bytes) -> bytes:
+    """What the string literal of the script holds."""
+    (packed,) = [node.value.value for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Attribute) and node.attr == "encode"]
+    return packed.encode("latin-1")
+
+
+def unpack(script: bytes) -> str:
+    return bz2.decompress(packed_in(script))[::-1].decode()
+
+
+@pytest.mark.parametrize("packed", [bytes(range(256)), b"\0007\0x\0", b"'''", b"\\'", b"a''''", b"\r\n\r", b"\\\0\\0", b"''\\"])
+def test_any_bytes_can_be_packed(packed, monkeypatch):
+    monkeypatch.setattr(bz2, "compress", lambda content: packed)
+    assert packed_in(b"# coding: latin-1\n" + _packed("")) == packed
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/**/*.toml")), ids=lambda path: path.stem)
+def test_embedded_config_is_the_config(path):
+    config = load(path)
+    assert loads(tomli_w.dumps(_lean(config))) == config
+    assert len(tomli_w.dumps(_lean(config))) < 0.8 * len(dump(config))
 
 
 def test_same_text_every_time(pr369):
-    assert bundle(load(ROOT / "train_configs/golf/pr369.toml", GOLF)).text == pr369["compressed"].text
+    assert bundle(golf("pr369")).content == pr369["compressed"].content
 
 
 def test_readable_code_stands_verbatim_and_what_nobody_calls_is_left_out(pr369):
-    text = pr369["readable"].text
+    text = pr369["readable"].content.decode()
     train = (ROOT / "titanlm/train.py").read_text()
     trainer = train[train.index("class Trainer:") : train.index("def append_line")].rstrip()
     assert trainer in text
@@ -113,10 +181,10 @@ def package(tmp_path, monkeypatch):
     return write
 
 
-def reached(module_name: str, name: str, *, minified: bool = False) -> dict[str, str]:
-    found = module.Reached()
+def reached(module_name: str, name: str, **left_out: str) -> dict[str, str]:
+    found = module.Reached({f"titanlm.{what.replace('__', '.')}": why for what, why in left_out.items()})
     found.need(module_name, name)
-    return {name.removeprefix("titanlm."): text.strip() for name, text in found.sources(minified=minified).items() if name != "titanlm"}
+    return {name.removeprefix("titanlm."): text.strip() for name, text in found.sources().items() if name != "titanlm"}
 
 
 def test_names_are_followed_through_every_kind_of_import(package):
@@ -140,12 +208,12 @@ def test_names_are_followed_through_every_kind_of_import(package):
         e="def never(): ...\n",
         types="class T: ...\n",
     )
-    sources = reached("titanlm.a", "main", minified=True)
+    sources = reached("titanlm.a", "main")
     assert sources.keys() == {"a", "b", "c", "d"}
     assert "unused" not in sources["a"]
     assert "TYPE_CHECKING" not in sources["a"]
-    assert sources["b"] == "def here(f):\n return f()"
-    assert sources["c"] == "LIMIT = 3\ndef used():\n return LIMIT"
+    assert sources["b"] == "def here(f): return f()"
+    assert sources["c"].split() == ["LIMIT", "=", "3", "'''Of", "what.'''", "def", "used():", "return", "LIMIT"]
 
 
 def test_what_belongs_to_a_name_comes_with_it_and_what_runs_for_its_effect_stays(package):
@@ -182,67 +250,37 @@ def test_modules_as_values_are_refused(package):
         reached("titanlm.a", "main")
 
 
-def test_left_out_modules_are_stood_in_for(package, monkeypatch):
-    package(a="from titanlm.big import Thing\ndef main(x: 'Thing'): return Thing()\n", big="class Thing: ...\n")
-    monkeypatch.setattr(module, "LEFT_OUT", {"titanlm.big": ("some.setting", (0,))})
-    source = reached("titanlm.a", "main")["big"]
-    names: dict = {}
-    exec(source, names)
-    assert isinstance(names["Thing"], type)
-    with pytest.raises(ImportError, match=r"titanlm\.big\.Thing is left out: some\.setting was 0"):
-        names["Thing"](1, key=2)
-
-
-# ---------------------------------------------------------------- shorter
-TANGLED = '''
-import math
-LIMIT = 3
-def work(items, *, scale: float = 2.0, **options):
-    """Says what it does."""
-    global LAST
-    total: float = 0.0
-    empty: int
-    try:
-        raise ValueError("x")
-    except ValueError as total_error:
-        reason = str(total_error)
-    squares = [item * item for item in items if (half := item / 2) >= 0]
-    def inner(step=1):
-        nonlocal total
-        total += step * scale
-        shadow = sum(squares)
-        return (lambda value, other=shadow: value + other)(total)
-    match options:
-        case {"mode": mode, **others}:
-            pass
-        case _:
-            mode, others = None, {}
-    first, *remaining = squares
-    with open(__file__) as handle:
-        length = len(handle.name) > 0
-    LAST = inner()
-    for number, letter in enumerate("ab"):
-        total += number
-    text = f"""
-    {total:>{LIMIT}} {first=}
-        {letter!r}"""
-    return total, LAST, half, reason, mode, others, remaining, length, text, math.pi, inner(step=5), {key: number for key in "xy"}
-'''
-
-
-def test_shortening_changes_no_result(tmp_path):
-    short = "\n".join(shortened(statement, {"LIMIT", "work", "math"}) for statement in ast.parse(TANGLED).body)
-    assert "Says what" not in short
-    assert "float" not in short
-    assert "squares" not in short  # it had a longer name
-    results = []
-    for text in (TANGLED, short):
-        names = {"__file__": __file__}
+def test_what_is_left_out_is_stood_in_for(package):
+    package(
+        a="from titanlm.big import Thing\nfrom titanlm.b import part\ndef main(x: 'Thing'): return Thing(), part()\n",
+        b="import json\ndef part(): return piece()\ndef piece(): return json.loads('1')\n",
+        big="class Thing: ...\n",
+    )
+    sources = reached("titanlm.a", "main", big="some.setting was 0", b__piece="nobody asked")
+    assert "json" not in sources["b"]
+    for text, name, why in ((sources["big"], "Thing", r"titanlm\.big\.Thing is left out: some\.setting was 0"), (sources["b"], "piece", "nobody asked")):
+        names: dict = {}
         exec(text, names)
-        results.append(names["work"]([1, 2, 3], mode="m", extra=1))
-    assert results[0] == results[1]
+        assert isinstance(names[name], type)
+        with pytest.raises(ImportError, match=why):
+            names[name](1, key=2)
 
 
+def test_what_only_some_configs_use_is_left_out_of_others(pr369):
+    config = golf("pr369", "--quantizer.1.rounding=gptq", '--dataset.paths=["s3://b/x_train_*.bin"]')
+    told, without = bundle(config).content, pr369["compressed"].content
+    for word in ("import fsspec", "cholesky"):
+        assert word in unpack(told)
+        assert word not in unpack(without)
+
+
+def test_names_of_what_is_left_out_are_still_those_of_something():
+    for what in (*LEFT_OUT, *WHERE_USED, *UNSAID):
+        place, _, name = what.rpartition(".")
+        assert module.is_module(what) or re.search(rf"^(def|class) {name}\b", module.path_of(place).read_text(encoding="utf-8"), re.MULTILINE), what
+
+
+# ---------------------------------------------------------------- as text
 def test_literals_hold_any_text():
     for text in ("plain\n", "a ''' b", "ends in \\", "ends in '", "'''", "\\'''\\", 'and """ too', "\\n stays"):
         assert ast.literal_eval(_literal(text)) == text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tokenize
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +74,8 @@ class Golf:
                 self._line(f"resumed at step {step}")
                 return
             if self.config.source:
-                self._file.write(f"{Path(self.config.source).read_text(encoding='utf-8')}\n{RULE}\n")
+                with tokenize.open(self.config.source) as source:  # in the encoding that its first lines name
+                    self._file.write(f"{source.read()}\n{RULE}\n")
             for line in [*machine(environment), RULE, *settings(tables, environment)]:
                 self._line(line)
         except OSError as error:
@@ -185,7 +188,7 @@ def _scored(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
 def _up_to(step: int, text: str) -> Iterator[str]:
     """The lines before the first of a later step, behind the source and the machine."""
     begun = False
-    for line in text.splitlines(keepends=True):
+    for line in io.StringIO(text):  # a source may have letters at which splitlines() splits
         begun = begun or line.startswith("seed:")
         match = _STEP.match(line) if begun else None
         if match is not None and int(match[1]) > step:

@@ -24,6 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
+import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -48,6 +49,8 @@ from titanlm.targets import find_checkpoint
 
 _OWN = frozenset({"train.seed", "run.name", "run.dir"})
 """Settings in which the runs of a submission may differ, next to those of ``_HERE``."""
+_AFTER = ("export.", "fitter", "quantizer", "validation")
+"""Settings that may be changed after training, unless training rounded weights."""
 _HERE = ("logger", "checkpoint.", "profile.", "train.device", "train.threads", "train.sample_", "parallel.", "data.workers", "data.prefetch")
 """Settings that change nothing about the result."""
 
@@ -80,15 +83,24 @@ class _Run:
         return self.config.train.seed
 
 
-def build(runs: Sequence[Path], output: Path, about: About, *, form: Literal["readable", "compressed"] = "compressed", device: str = "auto") -> str:
+def build(
+    runs: Sequence[Path],
+    output: Path,
+    about: About,
+    *,
+    form: Literal["readable", "compressed"] = "compressed",
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+) -> str:
     """Write the folder ``output``, which must not exist or be empty; the text to print.
 
-    Raises TitanError when the runs are not of one config and different seeds,
-    when one has no end, and whatever an export raises.
+    ``overrides`` change how the runs are exported and scored, not how they were
+    trained. Raises TitanError when they do, when the runs are not of one config
+    and different seeds, when one has no end, and whatever an export raises.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise TitanError(f"{output}: exists; name a new folder for the submission")
-    opened = [_open(run) for run in runs]
+    opened = [_open(run, overrides) for run in runs]
     _require_alike(opened)
     code = bundle(_submitted(opened[0].config), form)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +108,8 @@ def build(runs: Sequence[Path], output: Path, about: About, *, form: Literal["re
         folder = Path(made) / output.name
         folder.mkdir()
         script = folder / "train_gpt.py"
-        script.write_text(code.text, encoding="utf-8")
-        results = [_result(run, folder, script, device) for run in opened]
+        script.write_bytes(code.content)
+        results = [_result(run, folder, script, device, overrides) for run in opened]
         environment = _read_json(opened[0].folder / "environment.json")
         submission = Submission(
             name=about.name, author=about.author, github_id=about.github_id, blurb=about.blurb, date=about.date or date.today().isoformat(),
@@ -121,11 +133,17 @@ def build(runs: Sequence[Path], output: Path, about: About, *, form: Literal["re
 
 
 # ---------------------------------------------------------------- runs
-def _open(run: Path) -> _Run:
-    """Raises TitanError when a run has not come to its end."""
+def _open(run: Path, overrides: Sequence[str]) -> _Run:
+    """Raises TitanError when a run has not come to its end, and when it was trained otherwise than ``overrides`` say."""
     folder = find_checkpoint(run)
     saved = checkpoint.load(folder)
-    config = loads(saved.config_toml, f"{folder}/config.toml")
+    trained = loads(saved.config_toml, f"{folder}/config.toml")
+    config = loads(saved.config_toml, f"{folder}/config.toml", overrides)
+    rounded = any(getattr(quantizer.config, "qat", False) for one in (trained, config) for quantizer in one.quantizer)
+    for path, before, _ in diff(trained, config):
+        if not path.startswith(_AFTER) or (rounded and path.startswith("quantizer")):
+            raise TitanError(f"{path}: {run} was trained with {before!r}, and train_gpt.py would train another model; what may be changed is export, "
+                             "fitter, validation, and quantizer where it had no part in training")  # fmt: skip
     progress = saved.state["progress"]
     limit = horizon_of(config).max_wallclock_s
     if progress["step"] < config.train.steps and not (limit is not None and progress["elapsed_s"] >= limit):
@@ -162,13 +180,13 @@ def _submitted(config: RunConfig) -> RunConfig:
     )
 
 
-def _result(run: _Run, folder: Path, script: Path, device: str) -> SeedResult:
+def _result(run: _Run, folder: Path, script: Path, device: str, overrides: Sequence[str]) -> SeedResult:
     """Export and score a run, write its log."""
     tokenizer = run.config.tokenizer.build()
     config = replace(run.config, train=replace(run.config.train, device=device))  # type: ignore[arg-type]  # checked by choose_device
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         artifact = Path(scratch) / ARTIFACT
-        exported = export(run.folder, artifact, config, script.stat().st_size)
+        exported = export(run.folder, artifact, config, script.stat().st_size, overrides)
         begun = time.perf_counter()
         scores = score_artifact(artifact, config, tokenizer, choose_device(device), Peers())
         eval_s = time.perf_counter() - begun
@@ -215,16 +233,22 @@ def _log(run: _Run, script: Path, scratch: Path) -> Iterator[str]:
             logger.log(record["step"], {name: value for name, value in record.items() if name != "step" and value is not None})
         logger.close()
         text = (scratch / own.name).read_text(encoding="utf-8")
-    lines = text.splitlines()
+    lines = _lines(text)
     # With a source in front there are two rules, of which the first ends it.
     if lines.count(RULE) > 1:
         lines = lines[lines.index(RULE) + 1 :]
-    yield from script.read_text(encoding="utf-8").splitlines()
+    with tokenize.open(script) as file:  # as its first line says
+        yield from _lines(file.read())
     yield RULE
     for line in lines:
         if line.startswith("Serialized model "):
             return
         yield line
+
+
+def _lines(text: str) -> list[str]:
+    """Parted at line feeds alone: a source may have letters at which splitlines() parts too."""
+    return text.removesuffix("\n").split("\n")
 
 
 def _metrics(run: Path) -> Iterator[dict[str, Any]]:

@@ -65,6 +65,9 @@ def main(words: Sequence[str], config_toml: str, script: str) -> int:
         if not isinstance(error, PeerError):  # the rank that failed says so itself
             print(printable(str(error)), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # after training, which has its own way to stop
+        print("interrupted; started again with the same SEED it goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 # ---------------------------------------------------------------- config
@@ -149,9 +152,12 @@ def train_and_score(config: RunConfig, script: Path) -> int:
     return 0
 
 
-def export(run: Path, artifact: Path, config: RunConfig, code_bytes: int) -> Exported:
-    """Write the artifact of a run's last checkpoint; with the code it keeps to `export.max_bytes`, the tokenizer beside it is not counted."""
-    overrides = ["--export.tokenizer=beside", "--export.count_tokenizer=false", "--export.code=[]"]
+def export(run: Path, artifact: Path, config: RunConfig, code_bytes: int, changes: Sequence[str] = ()) -> Exported:
+    """Write the artifact of a run's last checkpoint, with ``changes`` to its config.
+
+    With the code it keeps to `export.max_bytes`; the tokenizer beside it is not counted.
+    """
+    overrides = [*changes, "--export.tokenizer=beside", "--export.count_tokenizer=false", "--export.code=[]"]
     if (limit := config.export.max_bytes) is not None:
         left = limit - code_bytes
         if left <= 0:

@@ -8,8 +8,8 @@ decorated functions are (settings, factories, torch operators). A statement that
 belongs to a name (``Name.attribute = …``, ``@name.register_fake``) comes with
 it, and one that binds nothing runs for its effect and stays.
 
-``LEFT_OUT`` is reached too, but only called when a setting is used. Its names
-are served as classes that refuse to be called.
+What is left out is reached too, but only called when a setting is used. Its
+names are served as classes that refuse to be called.
 
 Names that are put together at run time (``getattr(module, f"…")``) are not seen.
 """
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from titanlm.errors import TitanError
-from titanlm.submission.shorter import shortened, stripped
+from titanlm.submission.shorter import stripped
 
 LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
     "titanlm.checkpoint_copy": ("checkpoint.copy_to", ("", None)),
@@ -33,9 +34,24 @@ LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
     "titanlm.distributed.fsdp2": ("parallel.strategy", ("none", "replicate")),
     "titanlm.generate": ("train.sample_every", (0,)),
     "titanlm.initial_load": ("checkpoint.initial_load.path", (None,)),
+    "titanlm.registry.registrations": ("", ()),  # of components in files, and here are none
     "titanlm.workers.Workers": ("data.workers", (0,)),
 }
 """Module, or definition of one → a setting, and its values with which nothing of it is called; no setting: a bundle never does."""
+
+WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "titanlm.calibration": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
+    "titanlm.datasets.files._remote": ("*", lambda value: "://" in str(value)),
+    "titanlm.datasets.files.filesystem_of": ("*", lambda value: "://" in str(value)),
+    "titanlm.datasets.mixture.Mixture": ("data.source*", lambda source: source != []),
+    "titanlm.distributed.activation_checkpointing._checkpointed": ("train.activation_checkpointing", lambda mode: mode != "none"),
+    "titanlm.distributed.activation_checkpointing._policy": ("train.activation_checkpointing", lambda mode: mode == "selective"),
+    "titanlm.quantizers.gptq": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
+}
+"""Module, or definition of one → a pattern of settings, and with which values of theirs it is called; it is in where one has such a value."""
+
+UNSAID = frozenset({"titanlm.config_sources._key_lines"})
+"""Functions that yield nothing here instead of refusing: in which line a key stands says nothing of a config that its user has no file of."""
 
 _ROOT = Path(__file__).parents[1]
 
@@ -49,10 +65,24 @@ def is_module(name: str) -> bool:
     return name.partition(".")[0] == "titanlm" and path_of(name).is_file()
 
 
+def left_out(flat: Mapping[str, Any]) -> dict[str, str]:
+    """What a bundle of a flattened config does without, and why. Raises TitanError when the config needs what none can have."""
+    reasons = dict.fromkeys(UNSAID, "")
+    for what, (setting, unused) in LEFT_OUT.items():
+        if setting and flat.get(setting) not in unused:
+            raise TitanError(f"{setting} = {flat[setting]!r}: {what} is left out of a submission, so it must be {' or '.join(map(repr, unused))}")
+        reasons[what] = f"{setting} was {unused[0]!r}" if setting else "a submission has no use for it"
+    for what, (pattern, used) in WHERE_USED.items():
+        if not any(used(value) for path, value in flat.items() if fnmatchcase(path, pattern)):
+            reasons[what] = "no setting asked for it" if pattern == "*" else f"no {pattern} asked for it"
+    return reasons
+
+
 @dataclass
 class _Module:
     """The top-level statements of a module, and who binds what."""
 
+    name: str
     text: str
     body: list[ast.stmt]
     bound: dict[str, list[int]] = field(default_factory=dict)
@@ -63,15 +93,16 @@ class _Module:
     """Name → the top-level package that an import statement takes it from."""
     kept: set[int] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)
-    """Definitions that ``LEFT_OUT`` names."""
+    """Definitions that are left out of it."""
     used: set[str] = field(default_factory=set)
     """Names of imports that a kept statement mentions."""
 
 
 class Reached:
-    """Grows by ``need``; ``sources`` gives it as text."""
+    """Grows by ``need``; ``sources`` gives it as text, without what ``left_out`` names."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Mapping[str, str]) -> None:
+        self.left_out = left_out
         self.modules: dict[str, _Module] = {}
         self.absent: dict[str, set[str]] = {}
         self.packages: set[str] = set()
@@ -80,11 +111,9 @@ class Reached:
 
     def need(self, module: str, name: str) -> None:
         """Keep what binds ``name`` in ``module``, and all that it mentions."""
-        if module in LEFT_OUT:
+        if module in self.left_out:
             self.absent.setdefault(module, set()).add(name)
             self._module(module.rpartition(".")[0])
-        elif f"{module}.{name}" in LEFT_OUT:
-            self._module(module).absent.add(name)
         elif is_module(f"{module}.{name}"):
             self._module(f"{module}.{name}")
         else:
@@ -100,7 +129,7 @@ class Reached:
             if package := name.rpartition(".")[0]:
                 self._module(package)
             text = path_of(name).read_text(encoding="utf-8")
-            own = self.modules[name] = _Module(text, ast.parse(text).body)
+            own = self.modules[name] = _Module(name, text, ast.parse(text).body)
             for index, statement in enumerate(own.body):
                 self._enter(own, index, statement)
         return self.modules[name]
@@ -128,6 +157,9 @@ class Reached:
                     self._mark(own, index)
 
     def _keep(self, own: _Module, name: str) -> None:
+        if f"{own.name}.{name}" in self.left_out:
+            own.absent.add(name)
+            return
         for index in own.bound.get(name, ()):
             self._mark(own, index)
         if name in own.foreign:
@@ -138,7 +170,7 @@ class Reached:
     def _arrive(self, module: str, name: str) -> None:
         if name:
             self.need(module, name)
-        elif module not in LEFT_OUT:
+        elif module not in self.left_out:
             self._module(module)
 
     def _mark(self, own: _Module, index: int) -> None:
@@ -170,16 +202,27 @@ class Reached:
                     self.need(module, owners[id(node)])
 
     # ------------------------------------------------------------ as text
-    def sources(self, *, minified: bool) -> dict[str, str]:
+    def sources(self) -> dict[str, str]:
         """Module → its kept statements; packages that are nothing but folders are empty."""
-        texts = {name: _text(own, minified=minified) + _stand_ins(name, own.absent) for name, own in self.modules.items()}
+        texts = {name: _text(own) + self._stand_ins(name, own.absent) for name, own in self.modules.items()}
         for own in self.modules.values():
             self.packages |= {own.foreign[name] for name in own.used} - {"titanlm", "__future__"}
-        texts |= {module: _stand_ins(module, names) for module, names in self.absent.items()}
+        texts |= {module: self._stand_ins(module, names) for module, names in self.absent.items()}
         return dict(sorted(texts.items()))
 
+    def _stand_ins(self, module: str, names: set[str]) -> str:
+        """Functions that find nothing, and classes that refuse: annotations may read these."""
+        made = []
+        for name in sorted(names):
+            if (what := f"{module}.{name}") in UNSAID:
+                made.append(f"def {name}(*a, **k):\n    return ()\n")
+                continue
+            why = f"{what} is left out: {self.left_out.get(module) or self.left_out[what]}"
+            made.append(f"@dataclass(frozen=True)\nclass {name}:\n    def __new__(cls, *a, **k):\n        raise ImportError({why!r})\n")
+        return "from dataclasses import dataclass\n" * bool(made) + "".join(made)
 
-def _text(own: _Module, *, minified: bool) -> str:
+
+def _text(own: _Module) -> str:
     lines = own.text.splitlines()
     parts: list[str] = []
     for index, statement in enumerate(own.body):
@@ -189,9 +232,7 @@ def _text(own: _Module, *, minified: bool) -> str:
             kept.names = [alias for alias in statement.names if future or (alias.asname or alias.name.partition(".")[0]) in own.used]
             if kept.names:
                 parts.append(ast.unparse(kept))
-        elif index in own.kept and minified:
-            parts.append(shortened(statement, {*own.bound, *own.imported, *own.foreign}))
-        elif index in own.kept or (index == 0 and not minified and isinstance(statement, ast.Expr)):  # its docstring
+        elif index in own.kept or (index == 0 and isinstance(statement, ast.Expr)):  # its docstring
             parts.append(_verbatim(lines, own.body, index))
     if not own.kept:
         return ""
@@ -209,16 +250,6 @@ def _verbatim(lines: list[str], body: list[ast.stmt], index: int) -> str:
     if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
         last = following.end_lineno or last
     return ("\n\n" if hasattr(statement, "body") else "") + "\n".join(lines[first:last])
-
-
-def _stand_ins(module: str, names: set[str]) -> str:
-    """Classes, so that annotations with them can be read."""
-    made = ["from dataclasses import dataclass"] if names else []
-    for name in sorted(names):
-        setting, unused = LEFT_OUT.get(module) or LEFT_OUT[f"{module}.{name}"]
-        why = f"{module}.{name} is left out: {setting} was {unused[0]!r}" if setting else f"{module}.{name} is left out"
-        made.append(f"@dataclass(frozen=True)\nclass {name}:\n def __new__(cls, *a, **k):raise ImportError({why!r})")
-    return "\n".join([*made, ""]) if made else ""
 
 
 def _imports(statement: ast.stmt) -> Iterator[tuple[str, str, str]]:

@@ -1,31 +1,102 @@
-"""The same Python in fewer bytes: no comments, docstrings and annotations, local variables of one letter, a blank for each level.
+"""The same Python in fewer bytes: no comments, docstrings and annotations, a blank for each level, and none that is for the eye.
 
-Parameters keep their names, since callers may use them, and so does whatever
-may be another thing in another scope of the same function.
+Names are ``joined``'s affair.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
-import string
+import io
+import itertools
+import tokenize
+from collections.abc import Iterator
 
 
 def stripped(statement: ast.stmt) -> ast.stmt:
     """A copy without annotations that nothing reads."""
-    made = copy.deepcopy(statement)
-    if isinstance(made, ast.FunctionDef) and made.decorator_list:
-        return made
-    return _Unannotated().visit(made)  # type: ignore[no-any-return]
+    return _unannotated(copy.deepcopy(statement))
 
 
-def shortened(statement: ast.stmt, outside: set[str]) -> str:
-    """A top-level statement as text, a blank for each level; ``outside`` are the module's names."""
-    text = ast.unparse(ast.fix_missing_locations(_Renamed(outside).visit(_Undocumented().visit(stripped(statement)))))
-    narrow = "\n".join(" " * ((len(line) - len(line.lstrip(" "))) // 4) + line.lstrip(" ") for line in text.split("\n"))
-    # An f-string may run over lines, and its blanks are not indentation.
-    return narrow if ast.dump(ast.parse(narrow)) == ast.dump(ast.parse(text)) else text
+def bare(statement: ast.stmt) -> ast.stmt:
+    """Without such annotations and documentation; the statement itself is changed."""
+    made: ast.stmt = _Undocumented().visit(_unannotated(statement))
+    return made
+
+
+def _unannotated(statement: ast.stmt) -> ast.stmt:
+    if isinstance(statement, ast.FunctionDef) and statement.decorator_list:
+        return statement
+    made: ast.stmt = _Unannotated().visit(statement)
+    return made
+
+
+def squeezed(body: list[ast.stmt]) -> str:
+    """Statements as text: a blank for each level, and neither blanks nor brackets that Python can do without."""
+    text = ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
+    tree, lines = ast.parse(text), text.split("\n")
+    starts = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
+    brackets = set(_idle_brackets(tree, lines))
+    # By what is cut out, since newer tokenizers take strings with expressions in them apart.
+    cuts: list[tuple[int, int]] = []
+    level, before = 0, 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        start, end = starts[token.start[0] - 1] + token.start[1], starts[token.end[0] - 1] + token.end[1]
+        match token.type:
+            case tokenize.INDENT:
+                level += 1
+            case tokenize.DEDENT:
+                level -= 1
+            case tokenize.NEWLINE:
+                before = 0
+            case tokenize.NL:  # an empty line
+                cuts.append((start, end))
+            case tokenize.ENDMARKER:
+                break
+            case _ if token.start in brackets:
+                cuts.append((start, end))
+            case _:
+                if not before:
+                    cuts.append((start - token.start[1] + level, start))
+                elif not (_is_word(text[before - 1]) and _is_word(text[start])):
+                    cuts += [(place, place + 1) for place in range(before, start) if text[place] == " "]
+                before = end
+    cuts.sort()
+    kept = zip([0, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(text)], strict=True)
+    short = "".join(text[start:stop] for start, stop in kept)
+    if ast.dump(ast.parse(short)) != ast.dump(tree):
+        raise AssertionError("shortening changed what the text means")
+    return short
+
+
+def _is_word(letter: str) -> bool:
+    return letter.isalnum() or letter == "_"
+
+
+def _idle_brackets(tree: ast.AST, lines: list[str]) -> Iterator[tuple[int, int]]:
+    """(line, column) of round brackets that ``ast.unparse`` writes and nobody needs."""
+    for node in ast.walk(tree):
+        # The place of a generator or tuple has its brackets in it, that of others has not.
+        match node:
+            case ast.Call(args=[ast.GeneratorExp() as inner], keywords=[]) if _letter(lines, inner.lineno, inner.col_offset - 1) == "(":
+                around = 0
+            case ast.Assign(value=ast.Tuple(elts=[first, *_]) as inner) | ast.Return(value=ast.Tuple(elts=[first, *_]) as inner) if (
+                first.lineno,
+                first.col_offset,
+            ) > (inner.lineno, inner.col_offset):
+                around = 0
+            case ast.If(test=ast.NamedExpr() as inner) | ast.While(test=ast.NamedExpr() as inner) if _letter(lines, inner.lineno, inner.col_offset - 1) == "(":
+                around = 1
+            case _:
+                continue
+        assert inner.end_lineno is not None
+        assert inner.end_col_offset is not None
+        for line, column in ((inner.lineno, inner.col_offset - around), (inner.end_lineno, inner.end_col_offset - 1 + around)):
+            yield line, len(lines[line - 1].encode()[:column].decode())  # trees count bytes, tokens letters
+
+
+def _letter(lines: list[str], line: int, column: int) -> str:
+    return chr(lines[line - 1].encode()[column])
 
 
 class _Unannotated(ast.NodeTransformer):
@@ -33,7 +104,8 @@ class _Unannotated(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         registered = any(isinstance(item, ast.Call) and getattr(item.func, "id", "") == "register" for item in node.decorator_list)
-        return node if registered else self.generic_visit(node)
+        node.body = [item if registered and getattr(item, "name", "") == "__init__" else self.visit(item) for item in node.body]
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.returns = None
@@ -66,36 +138,4 @@ class _Undocumented(ast.NodeTransformer):
         super().generic_visit(node)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             node.body = [item for item in node.body if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))] or [ast.Pass()]
-        return node
-
-
-class _Renamed(ast.NodeTransformer):
-    """Gives a function's variables names of one letter: those that are bound in it alone and can be nothing else anywhere in it."""
-
-    def __init__(self, outside: set[str]) -> None:
-        self.outside = outside | set(dir(builtins))
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        taken, bound, fixed = set(self.outside), dict[str, None](), set[str]()
-        for inner in ast.walk(node):
-            match inner:
-                case ast.Name():
-                    taken.add(inner.id)
-                    if isinstance(inner.ctx, ast.Store):
-                        bound[inner.id] = None
-                case ast.arg():
-                    fixed.add(inner.arg)  # callers may give it by name
-                case ast.Global() | ast.Nonlocal():
-                    fixed |= set(inner.names)
-                case ast.Import() | ast.ImportFrom():
-                    fixed |= {alias.asname or alias.name.partition(".")[0] for alias in inner.names}
-                case ast.FunctionDef() | ast.ClassDef() | ast.ExceptHandler() | ast.MatchAs() | ast.MatchStar():
-                    fixed.add(inner.name or "")
-                case ast.MatchMapping():
-                    fixed.add(inner.rest or "")
-        letters = (letter for letter in string.ascii_letters if letter not in taken | fixed)
-        names = dict(zip((name for name in bound if len(name) > 1 and name not in fixed | self.outside), letters))
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Name):
-                inner.id = names.get(inner.id, inner.id)
         return node
