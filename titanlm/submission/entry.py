@@ -191,7 +191,8 @@ def score_artifact(path: Path, config: RunConfig, tokenizer: Any, device: torch.
 def print_scores(config: RunConfig, artifact: Path) -> int:
     """One line of JSON, by rank 0: ``{"validation": {set: {"loss", "bits_per_byte", "tokens", "bytes"}}}``."""
     world, parallel = World.from_environment(), config.parallel
-    device = choose_device(config.train.device, world.local_rank)
+    # What was trained on a GPU can be checked without one.
+    device = choose_device("cpu" if config.train.device == "cpu" else "auto", world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     tokenizer = config.tokenizer.build()
