@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm import checkpoint, export, registry
-from titanlm.check import build_model
+from titanlm.check import artifact_warnings, build_model
 from titanlm.cli import main
 from titanlm.config import load, loads
 from titanlm.errors import ArtifactError, CheckpointError, ConfigError
@@ -26,6 +26,7 @@ from titanlm.export import encode_tensors, export_run
 from titanlm.exported import as_json, describe
 from titanlm.exporters.artifact import ArtifactExporter, inspect, read_artifact
 from titanlm.exporters.encoding import Candidate, decode_tensors
+from titanlm.loggers.golf import final_lines
 from titanlm.models.layers.linear import Linear
 from titanlm.quantizers.rowwise import Rowwise
 from titanlm.registry import register
@@ -368,6 +369,53 @@ def test_pruning_makes_it_fit(tiny: Path, name: str, capsys: pytest.CaptureFixtu
     assert {name for name, tensor in pruned.items() if not torch.equal(tensor, weights[name])} == {
         name for name, tensor in weights.items() if tensor.ndim == 2 and tensor.numel() > 500
     }
+
+
+def test_the_dial_makes_it_fit_and_the_artifact_says_how(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, artifact = train(tiny, steps=2), tiny.parent / "dialled"
+    dialled = ['--quantizer=[{name="sdclip",bits=8,k=9.0,rounding="gptq"}]', "--fitter=clip_dial", "--export.calibration_tokens=512"]
+    export_run(run, output=artifact, scored=False, overrides=[dialled[0], dialled[2]])
+    limit = artifact.stat().st_size - 1000
+    exported = export_run(run, output=artifact, scored=False, overrides=[*dialled, f"--export.max_bytes={limit}"])
+    assert 0 <= limit - artifact.stat().st_size <= 200
+    factor = exported.chosen["clip_factor"]
+    assert f"clip_trial:{factor:.5g} artifact:{artifact.stat().st_size} VALID" in capsys.readouterr().err
+    kept = loads(inspect(artifact).config, "artifact")
+    assert [quantizer.config.k for quantizer in kept.quantizer] == [9.0 * factor]
+    # The numbers in the file are those of that k, and of no other.
+    again = tiny.parent / "again"
+    export_run(run, output=again, scored=False, overrides=[f'--quantizer=[{{name="sdclip",bits=8,k={9.0 * factor!r},rounding="gptq"}}]', dialled[2]])
+    assert all(torch.equal(tensor, tensors_of(again)[name]) for name, tensor in tensors_of(artifact).items())
+    assert json.loads(as_json(exported))["chosen"] == {"clip_factor": factor}
+    assert re.search(rf"^fitter: clip factor {factor:.5g}$", describe(exported), re.MULTILINE)
+
+
+def test_the_challenges_log_tells_what_calibration_took_beyond_its_share(tiny: Path) -> None:
+    quantizer = '--quantizer=[{name="sdclip",rounding="gptq"}]'
+    exported = export_run(train(tiny, steps=2), overrides=[quantizer, "--export.calibration_tokens=512"])
+    assert exported.calibration_s is not None
+    exported = replace(exported, calibration_s=2.5, chosen={"prune_fraction": 0.12})
+    scored = dict(zip(exported.sets, exported.rows[-1][1], strict=True))
+    for settings, reserved, late in (([], 0, False), (["--train.max_wallclock_s=60"], 0, True), (["--train.max_wallclock_s=60"], 3, False)):
+        config = load(tiny, [quantizer, *settings, f"--export.calibration_reserve_s={reserved}"])
+        lines = list(final_lines(exported, 1000, config, scored, 1.5))
+        told = [line for line in lines if line.startswith("gptq:")]
+        assert [line.partition(" OVER")[0] for line in told] == [f"gptq:calibrated tokens:262144 time:2500ms reserved:{reserved * 1000}ms"]
+        assert ["raise export.calibration_reserve_s" in line for line in told] == [late]
+        assert "selected_prune_frac:0.12" in lines
+        assert f"Total submission size artifact+zstd: {exported.report.path.stat().st_size + 1000} bytes" in lines
+
+
+def test_settings_that_waste_are_warned_of(tiny: Path) -> None:
+    def warnings(*overrides: str) -> list[str]:
+        return list(artifact_warnings(load(tiny, overrides)))
+
+    reserved = ("--train.max_wallclock_s=60", "--export.calibration_reserve_s=5")
+    assert ["training ends 5 s early" in line for line in warnings(QUANTIZERS, *reserved)] == [True]
+    assert not warnings('--quantizer=[{name="sdclip",rounding="gptq"}]', *reserved)
+    for k, finest, remedy in ((12.85, 0.5, None), (6.0, 0.5, "0.54"), (6.0, 0.54, None), (12.85, 0.25, "0.26"), (3.0, 0.5, "1"), (3.0, 1.0, None)):
+        told = warnings(f'--quantizer=[{{name="sdclip",k={k}}}]', f'--fitter={{name="clip_dial",finest={finest}}}', "--export.max_bytes=1000")
+        assert [re.findall(r"than clipping costs; raise it to (\S+)$", line) for line in told] == ([[remedy]] if remedy else [])
 
 
 def test_code_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

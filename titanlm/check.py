@@ -8,6 +8,7 @@ check`` prints what it finds, and the trainer runs it first.
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -138,13 +139,20 @@ def _check(config: RunConfig) -> Report:
 def artifact_warnings(config: RunConfig) -> Iterator[str]:
     """What does not work well together when an artifact is made."""
     calibrated = any(getattr(quantizer.config, "rounding", "nearest") == "gptq" for quantizer in config.quantizer)
-    if calibrated and config.train.max_wallclock_s is not None and not config.export.calibration_reserve_s:
+    reserve_s = config.export.calibration_reserve_s
+    if calibrated and config.train.max_wallclock_s is not None and not reserve_s:
         yield "export.calibration_reserve_s: 0, so what 'gptq' reads of the training data comes after train.max_wallclock_s; Parameter Golf counts it"
+    if reserve_s and config.train.max_wallclock_s is not None and not calibrated:
+        yield f"export.calibration_reserve_s: training ends {reserve_s:g} s early for a calibration that no quantizer asks for; set it to 0"
     if config.fitter is None:
         return
     if config.fitter.name == "clip_dial":
         if any(hasattr(quantizer.config, "coarser") and getattr(quantizer.config, "qat", False) for quantizer in config.quantizer):
             yield "fitter: 'clip_dial' moves the levels that qat trained; set the quantizer's k before training instead"
+        finest = config.fitter.config.finest
+        least = min(1.0, max((quantizer.config.least_k / quantizer.config.k for quantizer in config.quantizer if quantizer.name == "sdclip"), default=0.0))
+        if finest < least:
+            yield f"fitter.finest: {finest:g} takes 'sdclip' to where finer steps gain less than clipping costs; raise it to {math.ceil(100 * least) / 100:g}"
         return
     if calibrated:
         yield "fitter: quantizers with rounding = 'gptq' fill the zeros that it makes, and each trial rounds anew; use one of both"

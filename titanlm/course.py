@@ -16,6 +16,11 @@ def horizon_of(config: RunConfig) -> Horizon:
     return Horizon(config.train.steps, None if limit_s is None else limit_s - config.export.calibration_reserve_s)
 
 
+def limit_settings(config: RunConfig) -> str:
+    """What the seconds of the horizon are made of."""
+    return "train.max_wallclock_s" + " less export.calibration_reserve_s" * bool(config.export.calibration_reserve_s)
+
+
 def phases_of(config: RunConfig, world: World, horizon: Horizon) -> Phases:
     """The shapes and switches of a run's steps, in order."""
     train = config.train

@@ -153,6 +153,8 @@ def export_run(
     merged = module if config.adapter is None else materialise(plain, tokenizer, tensors, chosen, "merged weights")
     began = time.perf_counter()
     moments = calibrate(plain, merged, tokenizer, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.synchronize(chosen)  # what is queued is part of it
     calibration_s = time.perf_counter() - began
 
     def handed_over(candidate: Candidate) -> tuple[dict[str, Encoded | Tensor], ExportRequest]:

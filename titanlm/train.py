@@ -35,7 +35,7 @@ from titanlm.checkpoint import Saved
 from titanlm.checkpoint_copy import RemoteCopies
 from titanlm.clipping import clip_gradients
 from titanlm.config import RunConfig, dump
-from titanlm.course import horizon_of, phases_of, schedules_of
+from titanlm.course import horizon_of, limit_settings, phases_of, schedules_of
 from titanlm.data import DataEnded, Loader, StepData, merge_states
 from titanlm.data_state import start_state
 from titanlm.device import choose_device
@@ -372,7 +372,7 @@ class Trainer:
             where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
             remedy = "raise train.steps to go on"
             if self.progress.step < train.steps:
-                remedy = f"the {self.horizon.max_wallclock_s:g} s of train.max_wallclock_s are used up; raise it to go on"
+                remedy = f"the {self.horizon.max_wallclock_s:g} s of training are used up ({limit_settings(self.config)}); raise it to go on"
             self.loggers.message(f"{where}; {remedy}")
             self.validate_once(self.validation)
             return None
@@ -430,9 +430,8 @@ class Trainer:
         # Saved before it is validated: a failing validation must not cost the training before it.
         if last:
             if step < train.steps:
-                self.loggers.message(
-                    f"{self.horizon.max_wallclock_s:g} s of training are over (train.max_wallclock_s): it ends at step {step} of {train.steps}"
-                )
+                limit = f"{self.horizon.max_wallclock_s:g} s of training are over ({limit_settings(self.config)})"
+                self.loggers.message(f"{limit}: it ends at step {step} of {train.steps}")
             self.save(wait=True)
         elif every and step % every == 0:
             self._or_warn(self.save)

@@ -7,6 +7,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +191,74 @@ def test_what_was_measured_last_is_written_without_compressing_again(tmp_path: P
         calls.clear()
         built.write(changed, asked)
         assert len(calls) == 2
+
+
+class Payload(bytearray):
+    """One whose life can be watched."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+def test_outcomes_that_are_not_kept_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Payload] = weakref.WeakSet()
+    sizes, most = iter([9, 7, 8, 7, 9, 6, 9]), 0
+
+    def compressed(codec: str, level: int, pieces, n_bytes: int) -> Payload:
+        nonlocal most
+        payload = Payload(next(sizes))
+        alive.add(payload)
+        most = max(most, len(alive))
+        return payload
+
+    monkeypatch.setattr(artifact_module, "_LARGE_BYTES", 0)  # one at a time
+    monkeypatch.setattr(compression, "installed", lambda: ("zstd", "lzma", "none"))
+    monkeypatch.setattr(compression, "compress", compressed)
+    report = exporter("auto").write(tensors(), request(tmp_path / "a"))
+    assert most <= 3  # the smallest, one that is compared with it, one under way
+    assert [trial.n_bytes for trial in report.trials] == [6, 7, 7, 8, 9, 9, 9]
+    assert (report.codec, report.layout) == ("lzma", "packed")
+
+
+def test_of_equals_the_first_in_order_is_kept_whichever_is_ready_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = {level: threading.Event() for level in (1, 22)}
+    monkeypatch.setattr(artifact_module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(artifact_module.storage, "LAYOUTS", ("bytes",))
+
+    def compressed(codec: str, level: int, pieces, n_bytes: int) -> bytearray:
+        if level == 1:
+            assert ready[22].wait(30)
+            time.sleep(0.05)  # until the other was compared
+        ready[level].set()
+        return bytearray(f"{level:02}".encode())
+
+    monkeypatch.setattr(compression, "compress", compressed)
+    exporter("zstd").write(tensors(), request(tmp_path / "a"))
+    assert (tmp_path / "a").read_bytes().endswith(b"01")
+
+
+def test_a_codec_that_fails_ends_the_others_within_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does Ctrl-C, which comes to the same ``finally``."""
+    begun, taken = threading.Event(), []
+    monkeypatch.setattr(artifact_module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(artifact_module.storage, "LAYOUTS", ("bytes",))
+
+    def compressed(codec: str, level: int, pieces, n_bytes: int) -> bytearray:
+        if level == 1:
+            assert begun.wait(30)
+            raise MemoryError("no room")
+        for piece in pieces:
+            taken.append(len(piece))
+            begun.set()
+            time.sleep(0.02)
+        return bytearray()
+
+    monkeypatch.setattr(compression, "compress", compressed)
+    with pytest.raises(MemoryError, match="no room"):
+        exporter("zstd").write({"w": torch.zeros(100 << 20, dtype=torch.uint8)}, request(tmp_path / "a", files={}))
+    assert max(taken) <= 1 << 20
+    assert len(taken) < 50
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tensor_that_shares_memory_or_needs_gradients(tmp_path: Path) -> None:

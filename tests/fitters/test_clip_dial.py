@@ -53,6 +53,20 @@ def test_the_limit_is_used_up(needed: float, capsys: pytest.CaptureFixture[str])
     assert len(trials(capsys.readouterr().err)) <= 4  # the line is straight
 
 
+@pytest.mark.parametrize("share", [0.7, 0.25, 0.05])
+@pytest.mark.parametrize("needed", [0.55, 1.1, 1.9])
+def test_most_of_the_model_may_be_left_untouched(share: float, needed: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line falls by less than a bit a weight, by how much two trials tell."""
+
+    def partly(candidate: Candidate) -> int:
+        return round((1 - share) * N + share * by_entropy(candidate))
+
+    limit = partly(candidate(sdclip(12 * needed)))
+    fitted = fit(limit, candidate(), partly)
+    assert 0 <= limit - partly(fitted) <= 0.0005 * limit
+    assert len(trials(capsys.readouterr().err)) <= 4
+
+
 def test_what_was_kept_was_measured_and_is_the_finest_that_fitted(capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes that bend, jump and fall back: no line meets them."""
     for seed in range(30):
@@ -76,10 +90,17 @@ def test_the_ends_of_the_dial(capsys: pytest.CaptureFixture[str]) -> None:
     untouched = fit(2 * N, candidate(), finest=1.0)
     assert untouched.quantizers == (sdclip(12.0),)
     assert [factor for factor, _, _ in trials(capsys.readouterr().err)] == [1.0, 0.75, 1.0]
-    with pytest.raises(ArtifactError, match=r"with steps 2 times as wide the artifact takes 42,688 bytes, 12,688 over .* 30,000; .*\nraise fitter.coarsest"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"with steps 2 times as wide the artifact takes 42,688 bytes \(55,188 as it was\), 12,688 over .* 30,000; .*\nraise fitter.coarsest",
+    ):
         fit(30_000, candidate())
     with pytest.raises(ArtifactError, match=r"with steps 1 times as wide .*\nraise fitter.trials"):
         fit(30_000, candidate(), trials=1)
+    capsys.readouterr()
+    with pytest.raises(ArtifactError, match=r"with steps 2 times as wide .* 30,001 bytes \(30,001 as it was\)"):
+        fit(30_000, candidate(), lambda _: 30_001)  # the dial turns nothing: the end is tried at once
+    assert [factor for factor, _, _ in trials(capsys.readouterr().err)][2:] == [2.0]
 
 
 def test_all_that_can_be_turned_is_turned_by_one_factor() -> None:
@@ -98,6 +119,26 @@ def test_all_that_can_be_turned_is_turned_by_one_factor() -> None:
 def test_a_dial_that_cannot_turn(finest: float, coarsest: float) -> None:
     with pytest.raises(ValueError, match="finest: the factor goes from finest over 1 to coarsest"):
         ClipDialConfig(finest=finest, coarsest=coarsest)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_below_the_least_k_finer_steps_do_not_pay(bits: int) -> None:
+    """The squared error of normal weights is smallest there, to the flatness of a minimum."""
+    weights = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+
+    def error(k: float) -> float:
+        quantizer = sdclip(k, bits=bits).build()
+        return float((quantizer.decode(quantizer.encode(weights)) - weights).square().mean())
+
+    least = sdclip(1.0, bits=bits).config.least_k
+    assert error(least) < 1.02 * min(error(least * factor) for factor in (0.9, 0.94, 0.97, 1.03, 1.06, 1.1))
+    assert error(0.8 * least) > 1.2 * error(least)
+
+
+@pytest.mark.parametrize("beyond", [{"coarsest": math.inf}, {"coarsest": 1e300}, {"finest": 1e-300}])
+def test_a_dial_ends_before_numbers_do(beyond: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="coarsest: at most 1024, and finest at least 1/1024"):
+        ClipDialConfig(**beyond)
 
 
 def test_real_sizes_of_gaussian_weights() -> None:

@@ -115,3 +115,29 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (folder / "environment.json").unlink()
     with pytest.raises(TitanError, match=r"environment\.json: No such file.*'golf'"):
         Golf(GolfConfig(), run_dir=folder).start(0)
+
+
+def test_training_ends_before_the_share_of_calibration(tmp_path):
+    folder = run_folder(tmp_path / "run", max_wallclock_s=10.0)
+    with open(folder / "config.toml", "a") as file:
+        file.write("[export]\ncalibration_reserve_s = 4.0\n")
+    text = logged(folder, [100, 104])  # 5.8 and 6.03 s
+    assert text.count("stopping_early: wallclock_cap train_time:6032ms step:104/20000\n") == 1
+    assert "max_wallclock_seconds:10.000" in text
+
+
+def test_a_validation_after_a_resume_knows_how_long_training_took(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    logged(folder, [100, 200, 300])
+    logger = Golf(GolfConfig(), run_dir=folder)
+    logger.start(200)
+    logger.log(200, {"validation/fineweb/loss": 3.0, "validation/fineweb/bits_per_byte": 1.5})
+    logger.close()
+    assert (folder / "train_seed1337.log").read_text().splitlines()[-1] == "step:200/20000 val_loss:3.0000 val_bpb:1.5000 train_time:11600ms step_avg:58.00ms"
+
+
+@pytest.mark.parametrize("source", [b"# coding: nowhere\n", b"x = '\xe9'\n"])
+def test_a_source_that_is_no_text_is_named(tmp_path, source):
+    (tmp_path / "s.py").write_bytes(source)
+    with pytest.raises(TitanError, match=r"s\.py: not Python source in the encoding that it names .*logger\.source"):
+        Golf(GolfConfig(source=str(tmp_path / "s.py")), run_dir=run_folder(tmp_path / "run")).start(0)

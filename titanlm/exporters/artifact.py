@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from time import perf_counter
 from typing import Any, BinaryIO, Literal
 
@@ -152,30 +152,35 @@ class ArtifactExporter:
         digest = content.digest()
         if self._fitting is not None and self._fitting[0] == digest:
             return self._fitting
-        stopped = Event()
+        stopped, lock = Event(), Lock()
+        best: tuple[tuple[int, int], Header, bytearray] | None = None
 
-        def tried(way: tuple[str, str, int]) -> tuple[Header, bytearray, CodecTrial]:
+        def tried(place: int, way: tuple[str, str, int]) -> CodecTrial:
+            nonlocal best
             codec, layout, level = way
             candidate = replace(header, codec=codec, layout=layout)
             candidate = replace(candidate, raw_bytes=candidate.expected_raw_bytes)
             start = perf_counter()
             # After Ctrl-C threads go on by themselves; without input they end.
-            pieces = takewhile(lambda _: not stopped.is_set(), _raw(candidate, stored, embedded))
+            pieces = takewhile(lambda _: not stopped.is_set(), compression.sliced(_raw(candidate, stored, embedded)))
             payload = compression.compress(codec, level, pieces, candidate.raw_bytes)
-            return candidate, payload, CodecTrial(codec, level, layout, len(payload), perf_counter() - start)
+            with lock:  # of equals the first in order, whichever was ready first; what is larger is let go
+                if best is None or (len(payload), place) < best[0]:
+                    best = (len(payload), place), candidate, payload
+            return CodecTrial(codec, level, layout, len(payload), perf_counter() - start)
 
         ways = list(self._ways(any(part.bits is not None for part in header.parts)))
-        # Codecs work outside Python's lock. What is large goes one by one, since every outcome takes memory.
+        # Codecs work outside Python's lock. What is large goes one by one, since every outcome under way takes memory.
         at_once = min(len(ways), os.cpu_count() or 1) if sum(tensor.nbytes for parts in stored.values() for tensor in parts.values()) < _LARGE_BYTES else 1
         with ThreadPoolExecutor(at_once) as pool:
             try:
-                outcomes = list(pool.map(tried, ways))
+                trials = sorted(pool.map(tried, range(len(ways)), ways), key=lambda trial: trial.n_bytes)
             finally:
                 stopped.set()
                 pool.shutdown(cancel_futures=True)
-        header, payload, _ = min(outcomes, key=lambda outcome: len(outcome[1]))  # the first of equals
+        assert best is not None
+        _, header, payload = best
         header = replace(header, payload_bytes=len(payload), payload_sha256=hashlib.sha256(payload).hexdigest())
-        trials = sorted((trial for _, _, trial in outcomes), key=lambda trial: trial.n_bytes)
         return digest, _Packed(header, header.encode(), payload, tuple(trials))
 
     def _ways(self, narrow: bool) -> Iterator[tuple[str, str, int]]:

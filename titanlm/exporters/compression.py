@@ -78,12 +78,17 @@ def compress(codec: str, level: int, pieces: Iterable[Any], n_bytes: int) -> byt
     else:
         add, finish = lambda piece: piece, bytes
     out = bytearray()
-    for piece in pieces:
-        view = memoryview(piece)
-        for start in range(0, len(view), _PIECE):
-            out += add(view[start : start + _PIECE])
+    for piece in sliced(pieces):
+        out += add(piece)
     out += finish()
     return out
+
+
+def sliced(pieces: Iterable[Any]) -> Iterator[memoryview]:
+    """``pieces`` (buffers of bytes) in parts of at most a MiB, the most that a codec is given at once and cannot be stopped within."""
+    for piece in pieces:
+        view = memoryview(piece)
+        yield from (view[start : start + _PIECE] for start in range(0, len(view), _PIECE))
 
 
 def decompress(codec: str, pieces: Iterable[bytes]) -> Iterator[bytes]:

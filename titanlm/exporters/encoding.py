@@ -74,6 +74,7 @@ class CodecTrial:
     n_bytes: int
     """Of the payload."""
     seconds: float
+    """By the clock, while others may have been tried beside it."""
 
 
 @dataclass(frozen=True)

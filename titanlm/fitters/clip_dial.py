@@ -4,7 +4,9 @@ A grid twice as wide takes about a bit a weight less after an entropy coder
 (Gish and Pierce 1968: the entropy of a finely quantized source falls by log2 of
 the step), and its squared error is four times as large. So the size is a
 straight line in log2 of the factor, as long as steps are not much wider than a
-row's deviation, and the next trial is where the line meets the limit. From
+row's deviation, and the next trial is where the line meets the limit. The
+second trial takes the line to fall by a bit a weight, the later ones know how it
+falls: less where other quantizers hold much of the model. From
 openai/parameter-golf (pull request 1394), whose author turned k by hand until
 the artifact fitted, in place of pruning.
 
@@ -15,7 +17,7 @@ artifact that is smaller than it has to be gets a finer grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from titanlm.constraints import Fraction, PositiveFloat, PositiveInt
@@ -30,7 +32,8 @@ class ClipDialConfig:
     """Settings of the fitter ``clip_dial``."""
 
     finest: PositiveFloat = 0.5
-    """Least factor on the steps; 1: an artifact that fits as it is stays as it is."""
+    """Least factor on the steps; 1: an artifact that fits as it is stays as it is. Where k of ``sdclip`` comes below about 3 (5 bits) to 4 (8 bits),
+    clipping costs more than finer steps gain."""
     coarsest: PositiveFloat = 2.0
     """Give up rather than make steps wider than so many times what the config says."""
     unused: Fraction = 0.0005
@@ -41,6 +44,13 @@ class ClipDialConfig:
     def __post_init__(self) -> None:
         if not self.finest <= 1 <= self.coarsest or self.finest == self.coarsest:
             raise ValueError(f"finest: the factor goes from finest over 1 to coarsest; {self.finest:g} and {self.coarsest:g} leave nothing to turn")
+        if max(1 / self.finest, self.coarsest) > _WIDEST:
+            raise ValueError(
+                f"coarsest: at most {_WIDEST}, and finest at least 1/{_WIDEST}, not {self.coarsest:g} and {self.finest:g}; change the quantizer instead"
+            )
+
+
+_WIDEST = 1024
 
 
 @register("fitter", "clip_dial")
@@ -53,19 +63,21 @@ class ClipDial:
     def fit(self, candidate: Candidate, size_bytes: Callable[[Candidate], int]) -> Candidate:
         """The candidate with the finest steps tried that fit; the size of each was measured.
 
-        Raises ArtifactError when no quantizer can be made coarser, and when
-        ``coarsest`` is too large still.
+        Raises ArtifactError when no quantizer can be made coarser, when
+        ``coarsest`` is too large still, and when ``trials`` end before one fits.
         """
         if not any(hasattr(entry.config, "coarser") for entry in candidate.quantizers):
             raise ArtifactError("fitter 'clip_dial' turns quantizers such as 'sdclip', and the config has none; use one, or a fitter that prunes")
         first, last = math.log2(self.config.finest), math.log2(self.config.coarsest)
         over: _Point | None = None
         fits: _Point | None = None
+        points: list[_Point] = []
         best, place = candidate, 0.0
         for trial in range(1, self.config.trials + 1):
             turned = _turned(candidate, place)
             label = f"clip_trial:{turned.chosen['clip_factor']:.5g}"
             point = _Point(place, measured(turned, size_bytes, self.max_bytes, label=label, trial=trial, at_most=self.config.trials))
+            points.append(point)
             if point.n_bytes > self.max_bytes:
                 over = point
             else:
@@ -74,28 +86,30 @@ class ClipDial:
                 break
             if over is not None and over.place == last:
                 break
-            place = min(max(self._next(candidate, over, fits), first), last)
+            place = min(max(self._next(candidate, over, fits, points), first), last)
         if fits is None:
             assert over is not None
             raise ArtifactError(
-                f"with steps {2**over.place:.4g} times as wide the artifact takes {over.n_bytes:,} bytes, {over.n_bytes - self.max_bytes:,} over "
-                f"export.max_bytes = {self.max_bytes:,}; nothing was written\n"
+                f"with steps {2**over.place:.4g} times as wide the artifact takes {over.n_bytes:,} bytes ({points[0].n_bytes:,} as it was), "
+                f"{over.n_bytes - self.max_bytes:,} over export.max_bytes = {self.max_bytes:,}; nothing was written\n"
                 f"raise fitter.{'coarsest' if over.place == last else 'trials'}, use fewer bits ([[quantizer]]), a smaller model, or a stronger codec"
             )
         return best
 
-    def _next(self, candidate: Candidate, over: _Point | None, fits: _Point | None) -> float:
-        """Where the line through what is known meets the limit; with one point, by a bit a weight and octave."""
+    def _next(self, candidate: Candidate, over: _Point | None, fits: _Point | None, points: Sequence[_Point]) -> float:
+        """Where the line through the last two points, or those on both sides of the limit, meets it; with one point, by a bit a weight and octave."""
         aim = self.max_bytes * (1 - self.config.unused / 2)
-        if over is None or fits is None:
-            point = over or fits
-            assert point is not None
-            octave_bytes = sum(tensor.numel() for tensor in candidate.tensors.values()) / 8
-            # At least a small step: what is left untouched makes the line less steep than thought.
-            step = (point.n_bytes - aim) / octave_bytes
-            return point.place + math.copysign(max(abs(step), 0.01), step)
-        share = (over.n_bytes - aim) / (over.n_bytes - fits.n_bytes)
-        return over.place + min(max(share, 0.05), 0.95) * (fits.place - over.place)
+        if over is not None and fits is not None:
+            share = (over.n_bytes - aim) / (over.n_bytes - fits.n_bytes)
+            return over.place + min(max(share, 0.05), 0.95) * (fits.place - over.place)
+        point = points[-1]
+        octave_bytes = sum(tensor.numel() for tensor in candidate.tensors.values()) / 8
+        if len(points) > 1:
+            octave_bytes = (points[-2].n_bytes - point.n_bytes) / (point.place - points[-2].place)
+        missing = point.n_bytes - aim
+        # No line holds for more than an octave, and a very small step would tell nothing of it.
+        step = min(max(abs(missing) / octave_bytes, 0.01), 1.0) if octave_bytes > 0 else 1.0
+        return point.place + math.copysign(step, missing)
 
 
 @dataclass(frozen=True)

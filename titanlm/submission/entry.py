@@ -88,7 +88,10 @@ def adapted(config_toml: str, environment: Mapping[str, str]) -> RunConfig:
         overrides.append("--parallel.strategy=replicate")
     limit = _number(environment, "MAX_WALLCLOCK_SECONDS", config.train.max_wallclock_s or 0)
     config = loads(config_toml, "the embedded config", overrides)
-    return replace(config, train=replace(config.train, max_wallclock_s=limit or None))
+    try:
+        return replace(config, train=replace(config.train, max_wallclock_s=limit or None))
+    except ValueError as error:
+        raise TitanError(f"the environment variable MAX_WALLCLOCK_SECONDS is {limit:g}: {error}") from error
 
 
 def datasets_of(config: RunConfig) -> Iterator[tuple[str, Component]]:
