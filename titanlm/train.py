@@ -372,7 +372,7 @@ class Trainer:
             where = f"{self.folder.path}: already at step {self.progress.step} of {train.steps}"
             remedy = "raise train.steps to go on"
             if self.progress.step < train.steps:
-                remedy = f"the {self.horizon.max_wallclock_s:g} s of training are used up ({limit_settings(self.config)}); raise it to go on"
+                remedy = f"the {self.horizon.max_wallclock_s:g} s of {limit_settings(self.config)} are used up; raise it to go on"
             self.loggers.message(f"{where}; {remedy}")
             self.validate_once(self.validation)
             return None
