@@ -1,6 +1,7 @@
 """``submission build``: a folder that ``submission verify`` finds nothing wrong with, and runs that cannot become one."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,25 @@ def test_a_run_that_was_stopped_is_no_result(tiny, tmp_path, monkeypatch):
         trainer.save(wait=True)
     with pytest.raises(TitanError, match="step 1 of 4; train it to the end"):
         build([tmp_path / "runs" / "stopped"], tmp_path / "s", ABOUT)
+
+
+def test_what_happens_meanwhile_leaves_nothing(tiny, tmp_path, monkeypatch):
+    run = trained(tiny, "a")
+    output = tmp_path / "s"
+    monkeypatch.setattr("titanlm.submission.build.plot", lambda metrics, path: (output / "somebody's").mkdir(parents=True))
+    with pytest.raises(TitanError, match="cannot be made .*name a folder that is not there"):
+        build([run], output, ABOUT)
+    assert [path.name for path in output.iterdir()] == ["somebody's"]
+    monkeypatch.setattr("titanlm.submission.build.plot", lambda metrics, path: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        build([run], tmp_path / "t", ABOUT)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "t").exists()
+    assert not [*tmp_path.glob(".s-*"), *tmp_path.glob(".t-*")]
+    with pytest.raises(TitanError, match="exists; name a new folder"):
+        build([run], Path(), ABOUT)
 
 
 def test_over_the_limit_nothing_is_written(tiny, tmp_path, capsys):

@@ -17,10 +17,12 @@ import tomli_w
 from titanlm.config import dump, load, loads
 from titanlm.errors import TitanError
 from titanlm.loggers.golf import RULE, Golf, GolfConfig
+from titanlm.registry import KINDS, known, registrations
 from titanlm.submission import reached as module
 from titanlm.submission.build import _submitted
-from titanlm.submission.bundle import Importer, _lean, _literal, _packed, bundle
+from titanlm.submission.bundle import ENTRY, Importer, _lean, _literal, _packed, bundle
 from titanlm.submission.challenge_log import read_log
+from titanlm.submission.joined import joined
 from titanlm.submission.reached import LEFT_OUT, UNSAID, WHERE_USED
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +168,29 @@ def test_outside_components_and_settings_of_left_out_modules_are_refused(tiny, t
         bundle(load(tiny, ['--imports=["outside_loss"]', "--loss=outside"]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/**/*.toml")), ids=lambda path: path.stem)
+def test_files_of_all_configs_start(path, tmp_path):
+    """As far as a word that means nothing: everything is imported, and the config is read."""
+    (tmp_path / "train_gpt.py").write_bytes(bundle(_submitted(load(path))).content)
+    done = subprocess.run([sys.executable, "-I", "train_gpt.py", "nonsense"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("arguments: 'nonsense' means nothing here")
+
+
+def test_every_component_can_be_in_one_file():
+    """Nothing in titanlm is of the kind that cannot be followed; one file of all, without what no config leaves out."""
+    found = module.Reached({})
+    found.need(*ENTRY)
+    for kind, table in KINDS.items():
+        for name in known(kind):
+            place = f"titanlm.{table.folder}.{name}"
+            if module.is_module(place):
+                found.need(place, next(registrations(module.path_of(place), kind, name)).name)
+    text, _ = joined(found.sources(), [ENTRY[0]], ENTRY)
+    compile(text, "all", "exec")
+
+
 # ---------------------------------------------------------------- what is reached, of a package made here
 @pytest.fixture
 def package(tmp_path, monkeypatch):
@@ -248,6 +273,74 @@ def test_modules_as_values_are_refused(package):
     package(a="from titanlm import b\ndef main(): return vars(b)\n", b="def f(): ...\n")
     with pytest.raises(TitanError, match="b of line 2: a module as a value"):
         reached("titanlm.a", "main")
+
+
+def test_what_changes_or_registers_elsewhere_stays(package):
+    package(
+        a="""
+        import atexit
+        import os
+        import torch
+        from titanlm.b import Thing
+        from functools import cache
+        os.environ["SET_HERE"] = "1"
+        torch.backends.flag = True
+        Thing.patched = True
+        @atexit.register
+        def said(): ...
+        @torch.library.register_fake("a::b")
+        def fake(x): return x
+        @cache
+        def unused(): ...
+        def main(): return 1
+        """,
+        b="class Thing: ...\n",
+    )
+    sources = reached("titanlm.a", "main")
+    for kept in ("SET_HERE", "backends.flag", "Thing.patched", "def said", "def fake", "import os", "import atexit"):
+        assert kept in sources["a"]
+    assert "unused" not in sources["a"]
+    assert sources["b"] == "class Thing: ..."
+
+
+def test_modules_imported_by_another_name_in_functions_and_quoted_names_are_followed(package):
+    package(
+        a="""
+        from dataclasses import dataclass
+        from titanlm.c import Kind
+        @dataclass
+        class Settings:
+            kind: "Kind | None" = None
+        def main():
+            import titanlm.b as other
+            return other.here(), Settings()
+        """,
+        b="def here(): return 1\n",
+        c="class Kind: ...\n",
+    )
+    sources = reached("titanlm.a", "main")
+    assert sources["b"] == "def here(): return 1"
+    assert sources["c"] == "class Kind: ..."
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from .b import f\ndef main(): return f()\n", r"from \.b import f: name the module in full"),
+        ("from titanlm.b import *\ndef main(): return f()\n", r"import \*: name"),
+        ("import titanlm.b\ndef main(): return titanlm.b.f()\n", "titanlm of line 2: a module as a value"),
+    ],
+)
+def test_imports_that_are_not_followed_are_refused(package, source, message):
+    package(a=source, b="def f(): ...\n")
+    with pytest.raises(TitanError, match=message):
+        reached("titanlm.a", "main")
+
+
+def test_factories_that_inherit_their_settings_are_refused(monkeypatch):
+    monkeypatch.setattr("titanlm.submission.bundle.registrations", lambda *_: iter(ast.parse("class Mine(Base): ...").body))
+    with pytest.raises(TitanError, match=r"Mine: needs an __init__ of its own"):
+        bundle(load(ROOT / "train_configs/debug.toml"))
 
 
 def test_what_is_left_out_is_stood_in_for(package):

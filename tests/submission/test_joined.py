@@ -141,7 +141,7 @@ def decorated(number_of_it): return number_of_it
     assert main() == (3, True, 7, 5, 5, [6])
     for kept in ("behind_alias", "keyword", "unpacked", "somebody_s", "initial", "closure", "number_of_it"):
         assert kept in text
-    for gone in ("positional", "function_given", "argued", "argument"):
+    for gone in ("positional", "function_given", "argued"):
         assert gone not in text
 
 
@@ -211,6 +211,177 @@ def main(): return Thing().used(), getattr(Thing(), "by_text")(), len(Thing()), 
         assert kept in text
     for gone in ("asked", "unused", "only_there"):
         assert gone not in text
+
+
+# ---------------------------------------------------------------- what a legal change may bring
+def test_heirs_by_another_name_still_replace_what_they_replace():
+    text, main = run(
+        a="""
+import io
+class Base:
+    def step(self): return self._hook()
+    def _hook(self): return "base"
+    def own(self): return self._count()
+    def _count(self): return 1
+Alias = Base
+def made(base):
+    class Heir(base):
+        def _hook(self): return "heir"
+    return Heir
+class Mixin:
+    def readable(self): return True  # io asks
+    def unused(self): return 1
+Mixed = Mixin
+class Stream(Mixed, io.RawIOBase):
+    def readinto(self, buffer): return 0
+class Direct(Alias):
+    def _count(self): return 2
+def main(): return made(Base)().step(), Direct().own(), io.BufferedReader(Stream()).read()
+"""
+    )
+    assert main() == ("heir", 2, b"")
+
+
+def test_parameters_of_what_is_looked_up_and_of_lambdas_keep_their_names():
+    _, main = run(
+        a="""
+class Hooks:
+    def on_start(self, given): return given
+def called(action, options): return action(**options)
+class Options:
+    given = 3
+def main():
+    options = {name: value for name, value in vars(Options).items() if name[0] != "_"}
+    return getattr(Hooks(), "on_start")(**options), called(lambda given: given + 1, options), (lambda given: given + 2)(**options)
+"""
+    )
+    assert main() == (3, 4, 5)
+
+
+def test_first_parameters_are_self_in_methods_alone():
+    _, main = run(
+        a="""
+class Other:
+    _size = 5
+class Thing:
+    size_of = staticmethod(lambda other: other._size)
+    def __init__(self): self._size = 1
+    def compare(*things, other): return len(things), other._size
+    def size(self): return self._size
+def main(): return Thing().size(), Thing.size_of(Other()), Thing().compare(other=Other())
+"""
+    )
+    assert main() == (1, 5, (1, 5))
+
+
+def test_methods_named_in_defaults_and_values_of_protocols_stay():
+    _, main = run(
+        a="""
+from typing import Protocol
+class Shape(Protocol):
+    LIMIT = 3
+    SIDES: int = 4
+    def asked(self): ...
+class Thing:
+    def initial(self): return 2
+    def value(self, of=initial): return of(self)
+def main(): return Shape.LIMIT, Shape.SIDES, Thing().value()
+"""
+    )
+    assert main() == (3, 4, 2)
+
+
+def test_quoted_annotations_are_still_found():
+    text, main = run(
+        a="""
+from dataclasses import dataclass
+from typing import Literal, get_type_hints
+LowRank = int
+Unquoted = int
+@dataclass
+class Settings:
+    rank: "LowRank | None" = None
+    mode: Literal["a", "b"] = "a"
+    other: Unquoted = 1
+def main(): return get_type_hints(Settings, main.__globals__)["rank"]
+"""
+    )
+    assert main() == int | None
+    assert "Unquoted" not in text
+
+
+def test_annotations_that_decorators_read_stay():
+    _, main = run(
+        a="""
+from functools import singledispatchmethod, cache
+class Shown:
+    @singledispatchmethod
+    def show(self, value): return "any"
+    @show.register
+    def _(self, value: int): return "int"
+    @cache
+    def cached(self, value: NoSuchType): return value
+def main():
+    from functools import singledispatch
+    @singledispatch
+    def inner(value): return "any"
+    @inner.register
+    def _(value: str): return "str"
+    return Shown().show(1), Shown().show(""), inner(""), Shown().cached(2)
+"""
+    )
+    assert main() == ("int", "any", "str", 2)
+
+
+def test_classes_of_one_name_are_told_apart_and_known_by_it():
+    text, main = run(
+        a="from t.b import Norm as Other\nclass Norm: ...\nclass Norm2: ...\ndef main(): return [kind.__name__ for kind in (Norm, Other, Norm2)]\n",
+        b="class Norm: ...\n",
+    )
+    assert sorted(main()) == ["Norm2", "Norm3", "Norm4"]
+
+
+def test_a_field_that_is_called_like_its_default():
+    _, main = run(a="from dataclasses import dataclass\nlimit = 3\n@dataclass\nclass Settings:\n    limit: int = limit\ndef main(): return Settings().limit\n")
+    assert main() == 3
+
+
+def test_packages_come_before_what_is_in_them():
+    names: dict = {}
+    sources = {
+        "t": "made = ['t']\n",
+        "t.a": "from t.b.c import found\ndef main(): return found\n",
+        "t.b": "from t import made\nmade.append('t.b')\n",
+        "t.b.c": "from t import made\nfound = list(made)\n",
+    }
+    text, name = joined(sources, ["t.a"], ("t.a", "main"))
+    exec(text, names)
+    assert names[name]() == ["t", "t.b"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from t import b\ndef main(): b.LEVEL = 3\n", r"t\.b\.LEVEL: set from another module"),
+        ("from t.b import LEVEL\ndef main(): return LEVEL\n", r"t\.b\.LEVEL: set anew by a function"),
+        ("class A:\n    from t.b import level\ndef main(): return A.level()\n", "t.b.level: imported .* in a class's body"),
+        ("try:\n    from t.b import level\nexcept ImportError:\n    level = None\ndef main(): return level\n", "t.b.level: imported on a condition"),
+        ("def main():\n    from t.b import level\n    level = level or 1\n    return level\n", "t.b.level: imported .* bound again"),
+        ("import math\nmath = [math]\ndef main(): return math\n", "t.a: math is imported, and bound again"),
+        ("def main():\n    width = 3\n    return '{width}'.format(**locals())\n", r"locals\(\): sees variables by names"),
+        ("def main():\n    width = 3\n    return eval('width')\n", r"eval\('width'\): sees"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(source, message):
+    b = "LEVEL = 1\ndef level(): return LEVEL\ndef louder():\n    global LEVEL\n    LEVEL += 1\n"
+    with pytest.raises(TitanError, match=message):
+        run(a=source, b=b)
+
+
+def test_what_a_function_sets_is_what_others_see():
+    b = "LEVEL = 1\ndef louder():\n    global LEVEL\n    LEVEL += 1\n"
+    _, main = run(a="from t import b\ndef main():\n    b.louder()\n    from t.b import LEVEL\n    return b.LEVEL, LEVEL\n", b=b)
+    assert main() == (2, 2)
 
 
 @pytest.mark.parametrize(

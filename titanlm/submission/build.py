@@ -21,11 +21,14 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -98,13 +101,13 @@ def build(
     trained. Raises TitanError when they do, when the runs are not of one config
     and different seeds, when one has no end, and whatever an export raises.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not output.name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise TitanError(f"{output}: exists; name a new folder for the submission")
     opened = [_open(run, overrides) for run in runs]
     _require_alike(opened)
     code = bundle(_submitted(opened[0].config), form)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as made:
+    with _ended_by_sigterm(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as made:
         folder = Path(made) / output.name
         folder.mkdir()
         script = folder / "train_gpt.py"
@@ -124,12 +127,26 @@ def build(
         (folder / "submission.json").write_text(metadata.dump(metadata.metadata(submission)), encoding="utf-8")
         (folder / "README.md").write_text(readme(submission), encoding="utf-8")
         plot({run.seed: list(_metrics(run.folder)) for run in opened}, folder / "loss.png")
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)
+        try:
+            os.replace(folder, output)  # in place of an empty one, too
+        except OSError as error:
+            raise TitanError(f"{output}: cannot be made ({error.strerror}); name a folder that is not there and that nobody else writes") from error
     bits = submission.bits
     spread = f", standard deviation {bits.sd:.5f}" if bits.sd is not None else ""
     return f"{output}: {bits.mean:.5f} bits per byte over {bits.n} seeds{spread}; {submission.bytes_total:,} bytes, of them {code.n_bytes:,} code"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is an exit like others, so that temporary folders go. Handlers are the main thread's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---------------------------------------------------------------- runs

@@ -17,6 +17,7 @@ base85. bz2 makes 4 % less of it than LZMA, and of the text backwards 0.5 % less
 
 from __future__ import annotations
 
+import ast
 import bz2
 import dataclasses
 import importlib.abc
@@ -32,7 +33,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from titanlm.config import RunConfig, dump, flatten, to_tables
+from titanlm.config import RunConfig, dump, flatten, loads, to_tables
 from titanlm.errors import TitanError
 from titanlm.registry import KINDS, Component, registrations
 from titanlm.submission.joined import joined
@@ -140,23 +141,29 @@ class Bundle:
 def bundle(config: RunConfig, form: Literal["readable", "compressed"] = "compressed") -> Bundle:
     """The file that trains, exports and scores ``config``.
 
-    Raises TitanError when a component is none of titanlm's own, and when a
-    setting needs what a submission cannot have.
+    Raises TitanError when a component is none of titanlm's own, when a setting
+    needs what a submission cannot have, and when the code has what cannot be
+    followed (a module as a value, ``locals()``, a relative import).
     """
     components = sorted({(component.kind, component.name) for component in components_of(config)})
     modules = [f"titanlm.{KINDS[kind].folder}.{name}" for kind, name in components]
     reached = Reached(left_out(flatten(config)))
     reached.need(*ENTRY)
     for module, (kind, name) in zip(modules, components, strict=True):
-        definitions = [node.name for node in registrations(path_of(module), kind, name)] if is_module(module) else []
-        if not definitions:
+        definition = next(iter(registrations(path_of(module), kind, name) if is_module(module) else ()), None)
+        if definition is None:
             raise TitanError(f"{kind} {name!r} is none of titanlm's own components, and only those can be put into one file")
-        reached.need(module, definitions[0])
+        if isinstance(definition, ast.ClassDef) and not any(getattr(item, "name", "") == "__init__" for item in definition.body):
+            raise TitanError(f"{module}.{definition.name}: needs an __init__ of its own, since annotations of others, which registering reads, are not kept")
+        reached.need(module, definition.name)
     sources = reached.sources()
     head = b'"""Trains, exports and scores one language model: `python train_gpt.py`, or by torchrun; `--eval ARTIFACT` scores again."""\n\n'
     if form == "compressed":
         text, entry = joined(sources, [*modules, ENTRY[0]], ENTRY)
-        frame = _JOINED.format(config=_literal(tomli_w.dumps(_lean(config))), source=_literal(text), entry=entry)
+        lean = tomli_w.dumps(_lean(config))
+        if dump(loads(lean)) != dump(config):
+            raise AssertionError("leaving out defaults changed what the config means")
+        frame = _JOINED.format(config=_literal(lean), source=_literal(text), entry=entry)
         content = b"# coding: latin-1\n" + head + _packed(frame)
     else:
         frame = _FRAME.format(

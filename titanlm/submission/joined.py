@@ -1,7 +1,9 @@
 """Several modules as the text of one: no imports between them, and short names for all that nobody else can know by name.
 
 Modules follow one another as Python would import them, so every definition
-finds what it needs when it is made. What two modules call alike gets two names.
+finds what it needs when it is made; imports of others come before them all.
+What two modules call alike gets two names, classes such as are still read
+(``Norm``, ``Norm2``), since they are printed.
 
 Renamed is what can be followed to every place that mentions it:
 
@@ -14,6 +16,7 @@ Renamed is what can be followed to every place that mentions it:
 
 A name that is also the text of a string constant is left alone, since it may
 be looked up (``getattr``), and so are names with two underscores in front.
+Names that are put together (``getattr(self, f"_{kind}")``) are not seen.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from titanlm.errors import TitanError
 from titanlm.submission.scopes import Place, Scope, Variable, scopes_of
-from titanlm.submission.shorter import bare, squeezed
+from titanlm.submission.shorter import bare, quoted, squeezed
+
+_SEE_NAMES = {"locals": 1, "globals": 1, "vars": 1, "dir": 1, "eval": 2, "exec": 2}
+"""Builtin → with how many arguments it looks at nobody's variables, at least."""
 
 Meaning = tuple[str, str]
 """Module and name in it; an empty name: the module itself."""
@@ -38,7 +44,8 @@ def joined(sources: Mapping[str, str], first: Sequence[str], entry: Meaning) -> 
     """The text of a module that does what importing ``first`` does, in that order, and its name for ``entry``.
 
     ``sources`` are the modules that are joined, by name; others are imported.
-    Raises TitanError where one is used as a value.
+    Raises TitanError where one is used as a value or written to, where an import
+    would mean something else, and where a call sees variables by their names.
     """
     trees = {name: [bare(node) for node in ast.parse(text).body if not _is_text(node)] for name, text in sources.items()}
     while _drop_uncalled([node for body in trees.values() for statement in body for node in ast.walk(statement)]):
@@ -52,14 +59,16 @@ def _drop_uncalled(nodes: Sequence[ast.AST]) -> bool:
     bases = _bases(nodes)
     named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | _looked_up(nodes)
     for item in [item for node in classes for item in node.body]:  # a class's body may name its methods bare
-        for part in item.decorator_list if isinstance(item, ast.FunctionDef) else [item]:
+        parts = [*item.decorator_list, *item.args.defaults, *filter(None, item.args.kw_defaults)] if isinstance(item, ast.FunctionDef) else [item]
+        for part in parts:
             named |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
     found = False
     for node in classes:
         if [getattr(base, "id", "") for base in node.bases] == ["Protocol"] and not node.decorator_list and node.name not in bases:
-            kept: list[ast.stmt] = []
+            kept: list[ast.stmt] = [item for item in node.body if isinstance(item, ast.Assign | ast.AnnAssign) and item.value]
         else:
-            kept = [item for item in node.body if node.bases or not _is_method(item) or item.name in named]  # type: ignore[attr-defined]
+            whole = node.bases or node.name in bases  # what a base that is none of ours calls is not known
+            kept = [item for item in node.body if whole or not _is_method(item) or item.name in named]  # type: ignore[attr-defined]
         if len(kept) < len(node.body) and not isinstance(node.body[0], ast.Pass):
             node.body, found = kept or [ast.Pass()], True
     return found
@@ -72,13 +81,16 @@ def _bases(nodes: Sequence[ast.AST]) -> set[str]:
 
 
 def _or_imported(nodes: Sequence[ast.AST], names: set[str]) -> set[str]:
-    """The names, and what is imported as one of them."""
-    return names | {node.name for node in nodes if isinstance(node, ast.alias) and node.asname in names}
+    """The names, and what is imported or assigned as one of them."""
+    imported = {node.name for node in nodes if isinstance(node, ast.alias) and node.asname in names}
+    assigned = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)]
+    return names | imported | {node.value.id for node in assigned if any(getattr(target, "id", "") in names for target in node.targets)}  # type: ignore[attr-defined]
 
 
 def _looked_up(nodes: Sequence[ast.AST]) -> set[str]:
-    """Names of attributes that are no attributes in the text: string constants, and keywords of patterns."""
+    """Names that are none in the text: string constants, those that quoted annotations mention, and keywords of patterns."""
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    texts |= {word for node in nodes for word in quoted(node)}
     return texts | {name for node in nodes if isinstance(node, ast.MatchClass) for name in node.kwd_attrs}
 
 
@@ -112,7 +124,10 @@ class _Joined:
         self._look_around()
 
     def _look_around(self) -> None:
-        """What stands in the way of renaming, before anything is renamed."""
+        """What stands in the way of renaming, before anything is renamed. Raises TitanError where everything does."""
+        for node in self.nodes:
+            if isinstance(node, ast.Call) and len(node.args) < _SEE_NAMES.get(getattr(node.func, "id", ""), 0):
+                raise TitanError(f"{ast.unparse(node)}: sees variables by names, which are others in one file; say which namespace, or do without")
         attributes = [node for node in self.nodes if isinstance(node, ast.Attribute)]
         self.attribute_of = {id(node.value): node for node in attributes}
         self.texts = _looked_up(self.nodes)
@@ -121,15 +136,14 @@ class _Joined:
         called = {id(node.func) for node in self.nodes if isinstance(node, ast.Call) and all(given.arg for given in node.keywords)}
         handed_on = {node.attr for node in attributes if id(node) not in called}
         handed_on |= {node.id for node in self.nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in called}
-        handed_on = _or_imported(self.nodes, handed_on)
+        handed_on = _or_imported(self.nodes, handed_on) | self.texts
         methods_of_heirs = {id(item) for node in self.nodes if isinstance(node, ast.ClassDef) and node.bases for item in node.body}
         self.ours = {
             id(node) for node in self.nodes
-            if isinstance(node, ast.Lambda)
-            or (isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.name.startswith("__")
-                and node.name not in handed_on and id(node) not in methods_of_heirs)
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.name.startswith("__")
+            and node.name not in handed_on and id(node) not in methods_of_heirs
         }  # fmt: skip
-        """Functions that nobody else calls, by id; of lambdas nobody knows the parameters' names."""
+        """Functions that nobody else calls, by id; lambdas are handed on."""
         words = (getattr(node, name, None) for node in self.nodes for name in ("id", "attr", "arg", "name", "asname", "rest"))
         self.spelled = {word for word in words if isinstance(word, str)} | set(keyword.kwlist) | set(dir(builtins))
         self.fresh = self._fresh()
@@ -143,6 +157,10 @@ class _Joined:
             self._name_locals(module)
         rewritten = _Rewritten(self.replaced, {id(node) for variable in self.absorbed for node, _, _ in variable.places})
         body = [rewritten.visit(node) for name in order for node in self.trees[name] if not isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in [part for statement in body for part in ast.walk(statement)]:
+            for _, (source, member) in _imports(node):
+                if source in self.trees:
+                    raise TitanError(f"{source}.{member}: imported on a condition, in a class's body, or as a name that is bound again; import it otherwise")
         return squeezed([*self._imported(), *body]), self.globals[entry][0].name
 
     # ------------------------------------------------------------ modules
@@ -155,10 +173,12 @@ class _Joined:
             if name in begun or name not in self.trees:
                 return
             begun.add(name)
+            visit(name.rpartition(".")[0])  # packages come before what is in them
             for statement in self.trees[name]:
-                for _, (module, member) in _imports(statement):
-                    visit(module)
-                    visit(f"{module}.{member}")
+                for node in _at_import(statement):
+                    for _, (module, member) in _imports(node):
+                        visit(module)
+                        visit(f"{module}.{member}")
             order[name] = None
 
         for name in [*first, *sorted(self.trees)]:
@@ -182,14 +202,20 @@ class _Joined:
         """Find out which variables are one; imports that this makes idle are marked."""
         for name, (module, _) in self.modules.items():
             for variable in module.variables.values():
+                if self._source(variable) is None and any(id(node) in self.sources for node, _, _ in variable.places):
+                    raise TitanError(f"{name}: {variable.name} is imported, and bound again; give one of them another name")
                 self.globals.setdefault(self._meaning(*(self._source(variable) or (name, variable.name))), []).append(variable)
         for scope in self.scopes:
-            for variable in scope.variables.values() if scope.kind != "module" else ():
+            for variable in scope.variables.values() if scope.kind not in ("module", "class") else ():
                 source = self._source(variable)
                 meaning = source and self._meaning(*source)
                 if meaning and (meaning in self.globals or meaning[0] in self.trees):
                     self.globals.setdefault(meaning, []).append(variable)
                     self.absorbed.add(variable)
+        for (own, name), variables in self.globals.items():
+            snapshots = [variable for variable in variables if variable not in self.absorbed]
+            if len(snapshots) > 1 and any(isinstance(node, ast.Global) for variable in snapshots for node, _, _ in variable.places):
+                raise TitanError(f"{own}.{name}: set anew by a function, and imported as a value that stays; import the module instead")
         for meaning in [(module, member) for module, member in self.globals if module in self.trees and not member]:
             for variable in self.globals.pop(meaning):
                 self._attributes_become_names(meaning[0], variable)
@@ -201,6 +227,8 @@ class _Joined:
             attribute = self.attribute_of.get(id(node))
             if attribute is None:
                 raise TitanError(f"{variable.name}: a module as a value, of which anything may be used; import names from it")
+            if not isinstance(attribute.ctx, ast.Load):
+                raise TitanError(f"{module}.{attribute.attr}: set from another module; let a function of {module} do it")
             name = self.replaced[id(attribute)] = ast.Name(attribute.attr, ast.Load())
             meaning = self._meaning(module, attribute.attr)
             if meaning in self.globals:  # else it is one that Python gives to modules
@@ -224,8 +252,8 @@ class _Joined:
                 continue
             found = dict[str, list[Place]]()
             for method in scope.inner:
-                first = next((variable for variable in method.variables.values() if variable.parameter), None)
-                for place, _, _ in first.places if first and not _is_static(method) else ():
+                first = _first_of(method)
+                for place, _, _ in first.places if first else ():
                     if node := self.attribute_of.get(id(place)):
                         found.setdefault(node.attr, []).append((node, "attr", None))
             for name, variable in scope.variables.items():
@@ -235,6 +263,8 @@ class _Joined:
                 own[scope] = {name: places for name, places in found.items() if name not in fields}
                 by_self |= {id(node) for places in own[scope].values() for node, _, _ in places}
         kept = {node.attr for node in self.nodes if isinstance(node, ast.Attribute) and id(node) not in by_self} | self.texts
+        # What an heir has in its place is called by that name too.
+        kept |= {name for scope in self.scopes if scope.kind == "class" and scope not in own for name in scope.variables}
         for scope, found in own.items():
             letters = (f"_{letter}" for letter in itertools.chain(string.ascii_letters, self.fresh) if f"_{letter}" not in found.keys() | scope.variables)
             for name, places in found.items():
@@ -251,13 +281,17 @@ class _Joined:
         for meaning, variables in sorted(self.globals.items(), key=mentions, reverse=True):
             names = {variable.name for variable in variables}
             is_class = any(isinstance(node, ast.ClassDef) for variable in variables for node, _, _ in variable.places)
+            is_fixed = any(variable.fixed for variable in variables if variable not in self.absorbed)
             if meaning in self.moved or len(names) > 1 or any(claims[name] > 1 or name in outside for name in names):
-                pass  # one name for two things, or two for one
-            elif meaning[0] not in self.trees or is_class or names & self.texts or any(name.startswith("__") for name in names):
+                if is_fixed:  # one name for two things, or two for one
+                    raise TitanError(f"{meaning[0]}: {min(names)} is a name of a class's body too; call one of them otherwise")
+            elif meaning[0] not in self.trees or is_class or is_fixed or names & self.texts or any(name.startswith("__") for name in names):
                 continue
-            if any(variable.fixed for variable in variables if variable not in self.absorbed):
-                raise TitanError(f"{meaning[0]}: {min(names)} is a name of a class's body too; call one of them otherwise")
-            name = next(self.fresh)
+            if is_class:  # whose names are printed
+                name = next(other for n in itertools.count(2) if (other := f"{meaning[1]}{n}") not in self.spelled)
+                self.spelled.add(name)
+            else:
+                name = next(self.fresh)
             for variable in variables:
                 variable.rename(name)
 
@@ -314,6 +348,13 @@ class _Rewritten(ast.NodeTransformer):
     visit_ImportFrom = visit_Import  # type: ignore[assignment]
 
 
+def _at_import(statement: ast.AST) -> Iterator[ast.AST]:
+    """A statement and those in it, without what only calls run."""
+    yield statement
+    for node in ast.iter_child_nodes(statement) if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else ():
+        yield from _at_import(node)
+
+
 def _imports(node: ast.AST) -> Iterator[tuple[ast.alias, Meaning]]:
     if isinstance(node, ast.Import):
         yield from ((alias, (alias.name if alias.asname else alias.name.partition(".")[0], "")) for alias in node.names)
@@ -327,8 +368,13 @@ def _within(scope: Scope) -> Iterator[Scope]:
         yield from _within(inner)
 
 
-def _is_static(method: Scope) -> bool:
-    return any(getattr(decorator, "id", "") == "staticmethod" for decorator in getattr(method.node, "decorator_list", ()))
+def _first_of(method: Scope) -> Variable | None:
+    """What the class itself or an object of it is passed as."""
+    node = method.node
+    if not isinstance(node, ast.FunctionDef) or any(getattr(decorator, "id", "") == "staticmethod" for decorator in node.decorator_list):
+        return None
+    named = [*node.args.posonlyargs, *node.args.args]
+    return method.variables[named[0].arg] if named else None
 
 
 def _is_text(node: ast.stmt) -> bool:

@@ -6,7 +6,9 @@ function-level imports alike, until nothing new comes. Annotations of functions
 are not followed, since nothing evaluates them; those of classes and of
 decorated functions are (settings, factories, torch operators). A statement that
 belongs to a name (``Name.attribute = …``, ``@name.register_fake``) comes with
-it, and one that binds nothing runs for its effect and stays.
+it. One that binds nothing, changes what is imported, or registers something
+elsewhere (``@torch.library.register_fake("a::b")``) runs for its effect and
+stays. Imports for their effect alone are not followed.
 
 What is left out is reached too, but only called when a setting is used. Its
 names are served as classes that refuse to be called.
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlm.errors import TitanError
-from titanlm.submission.shorter import stripped
+from titanlm.submission.shorter import last_name, quoted, stripped
 
 LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
     "titanlm.checkpoint_copy": ("checkpoint.copy_to", ("", None)),
@@ -148,6 +150,8 @@ class Reached:
                 pass  # a docstring
             case _:
                 names = _bound_by(statement)
+                if own.foreign.keys() & names or _registers(statement, own):
+                    self._mark(own, index)
                 for name in names:
                     own.bound.setdefault(name, []).append(index)
                 owner = _registered_with(statement)
@@ -183,12 +187,14 @@ class Reached:
         local: dict[str, tuple[str, str]] = {}
         nodes = list(ast.walk(stripped(statement)))
         for node in nodes:
+            for name in quoted(node):
+                self._keep(own, name)
             if isinstance(node, ast.Import | ast.ImportFrom):
                 for name, module, member in _imports(node):
                     if module.partition(".")[0] != "titanlm":
                         self.packages.add(module.partition(".")[0])
-                    elif member and is_module(f"{module}.{member}"):
-                        local[name] = f"{module}.{member}", ""
+                    elif not member or is_module(f"{module}.{member}"):
+                        local[name] = f"{module}.{member}".rstrip("."), ""
                     else:
                         self._arrive(module, member)
         owners = {id(node.value): node.attr for node in nodes if isinstance(node, ast.Attribute)}
@@ -197,7 +203,7 @@ class Reached:
                 self._keep(own, node.id)
                 module, member = local.get(node.id) or own.imported.get(node.id, ("", ""))
                 if module and not member:
-                    if id(node) not in owners:
+                    if id(node) not in owners or is_module(f"{module}.{owners[id(node)]}"):
                         raise TitanError(f"{node.id} of line {node.lineno}: a module as a value, of which anything may be used; import names from it")
                     self.need(module, owners[id(node)])
 
@@ -253,13 +259,26 @@ def _verbatim(lines: list[str], body: list[ast.stmt], index: int) -> str:
 
 
 def _imports(statement: ast.stmt) -> Iterator[tuple[str, str, str]]:
-    """(bound name, module, member) of an import; the member is empty for `import module`."""
+    """(bound name, module, member) of an import; the member is empty for `import module`. Raises TitanError for forms that are not followed."""
+    if isinstance(statement, ast.ImportFrom) and (statement.level or statement.names[0].name == "*"):
+        raise TitanError(f"{ast.unparse(statement)}: name the module in full, and what is taken from it")
     if isinstance(statement, ast.Import):
         for alias in statement.names:
             yield (alias.asname, alias.name, "") if alias.asname else (alias.name.partition(".")[0], alias.name.partition(".")[0], "")
     elif isinstance(statement, ast.ImportFrom):
         for alias in statement.names:
             yield alias.asname or alias.name, statement.module or "", alias.name
+
+
+def _registers(statement: ast.stmt, own: _Module) -> bool:
+    """Whether a decorator that is no titanlm's keeps it: ``@atexit.register``, ``@torch.library.impl(...)``."""
+    for decorator in getattr(statement, "decorator_list", ()):
+        root = decorator
+        while isinstance(root, ast.Call | ast.Attribute):
+            root = root.func if isinstance(root, ast.Call) else root.value
+        if getattr(root, "id", "") in own.foreign.keys() - own.imported.keys() and last_name(decorator).startswith(("register", "impl")):
+            return True
+    return False
 
 
 def _bound_by(statement: ast.stmt) -> list[str]:

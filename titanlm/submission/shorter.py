@@ -9,6 +9,7 @@ import ast
 import copy
 import io
 import itertools
+import re
 import tokenize
 from collections.abc import Iterator
 
@@ -24,9 +25,32 @@ def bare(statement: ast.stmt) -> ast.stmt:
     return made
 
 
+def quoted(node: ast.AST) -> Iterator[str]:
+    """Names that the annotation of a node mentions in quotes, which whoever reads it looks up; and words of its literals."""
+    for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+        for part in ast.walk(annotation) if annotation is not None else ():
+            if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                yield from re.findall(r"\w+", part.value)
+
+
+def last_name(decorator: ast.expr) -> str:
+    """``register`` of ``@kinds.register("optimizer", "muon")``."""
+    function = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+_BLIND = frozenset({
+    "abstractmethod", "cache", "cached_property", "classmethod", "contextmanager", "inference_mode", "lru_cache", "no_grad", "override", "property", "setter",
+    "staticmethod", "wraps",
+})  # fmt: skip
+"""Decorators that read no annotations."""
+
+
+def _is_read(node: ast.FunctionDef) -> bool:
+    return any(last_name(decorator) not in _BLIND for decorator in node.decorator_list)
+
+
 def _unannotated(statement: ast.stmt) -> ast.stmt:
-    if isinstance(statement, ast.FunctionDef) and statement.decorator_list:
-        return statement
     made: ast.stmt = _Unannotated().visit(statement)
     return made
 
@@ -100,15 +124,14 @@ def _letter(lines: list[str], line: int, column: int) -> str:
 
 
 class _Unannotated(ast.NodeTransformer):
-    """Takes annotations from functions, since nothing reads them, but for factories: `register` reads that of the settings."""
+    """Takes annotations from functions where nothing reads them; decorators may, and of factories `register` does."""
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        registered = any(isinstance(item, ast.Call) and getattr(item.func, "id", "") == "register" for item in node.decorator_list)
+        registered = any(last_name(decorator) == "register" for decorator in node.decorator_list)
         node.body = [item if registered and getattr(item, "name", "") == "__init__" else self.visit(item) for item in node.body]
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        node.returns = None
         return _WithoutTypes().visit(node)  # type: ignore[no-any-return]
 
 
@@ -126,6 +149,8 @@ class _WithoutTypes(ast.NodeTransformer):
         return ast.copy_location(ast.Assign([node.target], node.value) if node.value is not None else ast.Pass(), node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if _is_read(node):
+            return node
         node.returns = None
         return self.generic_visit(node)
 
