@@ -321,13 +321,29 @@ def test_the_limit_is_met_to_the_byte(tiny: Path) -> None:
     artifact = run / "artifact.titanlm"
     export_run(run, overrides=["--export.max_bytes=99999"])
     n_bytes = artifact.stat().st_size
-    assert 10_000 < n_bytes < 99_999  # as many digits: the limit stands in the header
-    export_run(run, overrides=[f"--export.max_bytes={n_bytes}"])
-    kept = artifact.read_bytes()
-    assert len(kept) == n_bytes
-    with pytest.raises(ArtifactError, match=f"takes {n_bytes:,} bytes, 1 over export.max_bytes = {n_bytes - 1:,}; nothing was written"):
-        export_run(run, overrides=[f"--export.max_bytes={n_bytes - 1}"])
-    assert artifact.read_bytes() == kept
+    assert 10_000 < n_bytes < 99_999
+
+    def numbers_of_refusal(limit: int) -> list[int]:
+        """Size, overshoot and limit as the error has them; none for what fits."""
+        try:
+            export_run(run, overrides=[f"--export.max_bytes={limit}"])
+        except ArtifactError as error:
+            return [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", str(error).splitlines()[0])]
+        return []
+
+    fitting: list[int] = []
+    for limit in range(n_bytes + 8, n_bytes - 9, -1):  # it stands in the header, which compresses to another size for other digits
+        kept = artifact.read_bytes()
+        if refused := numbers_of_refusal(limit):
+            takes = refused[0]
+            assert refused == [takes, takes - limit, limit]
+            assert takes > limit
+            assert artifact.read_bytes() == kept
+        else:
+            fitting.append(limit)
+            assert len(artifact.read_bytes()) <= limit
+    assert n_bytes + 8 in fitting
+    assert n_bytes - 8 not in fitting
     with pytest.raises(ArtifactError):
         export_run(run, output=run / "new", overrides=["--export.max_bytes=1"])
     assert not (run / "new").exists()

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,6 +286,15 @@ def test_winding_back_does_not_give_time_back(tiny: Path) -> None:
         assert trainer.meter.elapsed_s >= lost
 
 
+@pytest.fixture
+def eight_graphs() -> Iterator[None]:
+    """torch's own limit, put back afterwards: monkeypatch would delete the setting, which hides it from torch."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+
+
+@pytest.mark.usefixtures("eight_graphs")
 def test_every_shape_mode_and_phase_of_differing_blocks_gets_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eighteen graphs of one code object, where torch by itself allows eight."""
     from titanlm.batch import Batch
@@ -295,8 +305,6 @@ def test_every_shape_mode_and_phase_of_differing_blocks_gets_a_graph(monkeypatch
     from titanlm.registry import Component
     from titanlm.train_module import TrainModule
 
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model = Golf(GolfConfig(n_layers=5, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, exclusive_last=2), vocab_size=32, max_seq_len=8)
     Component.named("quantizer", "int6", qat=True).build().prepare(model, [name for name, role in model.parameter_roles().items() if role == "matrix"])

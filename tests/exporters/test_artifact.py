@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -461,7 +462,7 @@ def test_tokenizer_file_names_stay_in_their_folder(tmp_path: Path, name: str) ->
 
 
 def test_the_published_layout_does_not_drift(tmp_path: Path) -> None:
-    """The header and the payload of a small artifact, byte for byte: format version 1."""
+    """The header and the payload of a small artifact, byte for byte: format version 2, and version 1 is read."""
     values = torch.tensor([[1, -1, -32, 31]], dtype=torch.int8)
     encoded = Encoded((1, 4), "float32", {"values": values, "scale": torch.tensor([0.5]).half()}, {"values": 6}, "int6", {"scale_dtype": "float16"})
     path = tmp_path / "a"
@@ -474,4 +475,12 @@ def test_the_published_layout_does_not_drift(tmp_path: Path) -> None:
         '"payload_sha256":"' + hashlib.sha256(payload).hexdigest() + '","quantizers":[["int6",{"scale_dtype":"float16"}]],"raw_bytes":12,'
         '"tensors":[["b","float32",[1],null],["w","float32",[1,4],0]],"tokenizer":"embed"}'
     ).encode()
-    assert data == b"\x93titanlm" + (1).to_bytes(4, "little") + len(header).to_bytes(4, "little") + hashlib.sha256(header).digest() + header + payload
+
+    def file(version: int, header: bytes) -> bytes:
+        sizes = version.to_bytes(4, "little") + len(header).to_bytes(4, "little")
+        return b"\x93titanlm" + sizes + hashlib.sha256(header).digest() + header + payload
+
+    assert data == file(2, zlib.compress(header, 9))
+    (tmp_path / "old").write_bytes(file(1, header))
+    assert inspect(tmp_path / "old") == inspect(path)
+    assert torch.equal(decode_tensors(read_artifact(tmp_path / "old").tensors)["w"], decode_tensors(read_artifact(path).tensors)["w"])

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -41,11 +42,11 @@ def make(path: Path, codec: str = "zlib", tokenizer: str = "embed") -> bytes:
 def split(data: bytes) -> tuple[Tables, bytes]:
     _, _, length, _ = PREFIX.unpack(data[: PREFIX.size])
     end = PREFIX.size + length
-    return json.loads(data[PREFIX.size : end]), data[end:]
+    return json.loads(zlib.decompress(data[PREFIX.size : end])), data[end:]
 
 
 def join(header: Tables | bytes, payload: bytes) -> bytes:
-    """A file whose checksums are right, as a forger would make it."""
+    """A file whose checksums are right, as a forger would make it; of version 1, whose header is not compressed."""
     text = header if isinstance(header, bytes) else json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     return PREFIX.pack(b"\x93titanlm", 1, len(text), hashlib.sha256(text).digest()) + text + payload
 
@@ -114,8 +115,42 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 def test_other_versions_are_named(tmp_path: Path) -> None:
     data = bytearray(make(tmp_path / "a"))
-    data[8] = 2
-    refused(tmp_path / "a", bytes(data), "format version 2; this titanlm reads version 1")
+    for version in (0, 3):
+        data[8] = version
+        refused(tmp_path / "a", bytes(data), f"format version {version}; this titanlm reads versions up to 2")
+
+
+def test_a_header_that_is_not_one_zlib_stream(tmp_path: Path) -> None:
+    data = make(tmp_path / "a")
+    header, payload = split(data)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    whole = zlib.compress(text, 9)
+    assert len(whole) == PREFIX.unpack(data[: PREFIX.size])[2]
+
+    def file(stream: bytes) -> bytes:
+        return PREFIX.pack(b"\x93titanlm", 2, len(stream), hashlib.sha256(stream).digest()) + stream + payload
+
+    (tmp_path / "a").write_bytes(file(whole))
+    assert inspect(tmp_path / "a").config == "x = 1\n"
+    for stream, message in (
+        (text, "not a zlib stream"), (b"", "not one whole"), (whole[:-1], "not one whole"), (whole + b"\0", "not one whole"),
+        (whole + whole, "not one whole"), (zlib.compress(whole), "not valid JSON"),
+    ):  # fmt: skip
+        refused(tmp_path / "a", file(stream), message)
+
+
+def test_a_header_that_unfolds_without_end_is_cut_off(tmp_path: Path) -> None:
+    """A gigabyte of blanks in a megabyte."""
+    data = make(tmp_path / "a")
+    encoder = zlib.compressobj(9)
+    stream = b"".join(encoder.compress(b" " * (1 << 20)) for _ in range(1024)) + encoder.flush()
+    assert len(stream) < 2 << 20
+    tracemalloc.start()
+    try:
+        refused(tmp_path / "a", PREFIX.pack(b"\x93titanlm", 2, len(stream), hashlib.sha256(stream).digest()) + stream + split(data)[1], "at most 16,777,216")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_header_length_is_bounded(tmp_path: Path) -> None:

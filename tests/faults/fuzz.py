@@ -250,7 +250,7 @@ def try_artifact(data: st.DataObject, folder: Path) -> None:
     if how == 0:
         made = data.draw(damaged(good))
     else:
-        header, payload = json.loads(good[PREFIX.size : end]), good[end:]
+        header, payload = json.loads(zlib.decompress(good[PREFIX.size : end])), good[end:]
         if how == 1:
             payload = data.draw(damaged(payload))
         elif how == 2:
@@ -260,8 +260,10 @@ def try_artifact(data: st.DataObject, folder: Path) -> None:
             header = data.draw(changed(header))
         if isinstance(header, dict):
             header |= {"payload_bytes": len(payload), "payload_sha256": hashlib.sha256(payload).hexdigest()}
+        version = data.draw(st.integers(1, VERSION))
         text = json.dumps(header).encode()
-        made = PREFIX.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text + payload
+        text = text if version == 1 else zlib.compress(text)
+        made = PREFIX.pack(MAGIC, version, len(text), hashlib.sha256(text).digest()) + text + payload
     file = folder / "artifact"
     file.write_bytes(made)
     with contextlib.suppress(ArtifactError), bounded(folder):

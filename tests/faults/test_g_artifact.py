@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,11 @@ def test_g5_a_zstd_frame_that_lies_about_its_content_is_refused_at_once(tmp_path
     write(tmp_path / "artifact")
     data = (tmp_path / "artifact").read_bytes()
     end = PREFIX.size + PREFIX.unpack(data[: PREFIX.size])[2]
-    header = json.loads(data[PREFIX.size : end])
+    header = json.loads(zlib.decompress(data[PREFIX.size : end]))
     # One block of 128 KiB of zeros in a single segment whose size is given in eight bytes.
     payload = zstandard.FRAME_HEADER + bytes([0xE0]) + declared.to_bytes(8, "little") + ((1 << 17) << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\0"
     header |= {"codec": "zstd", "payload_bytes": len(payload), "payload_sha256": hashlib.sha256(payload).hexdigest()}
-    text = json.dumps(header).encode()
+    text = zlib.compress(json.dumps(header).encode())
     (tmp_path / "artifact").write_bytes(PREFIX.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text + payload)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ArtifactError):

@@ -41,7 +41,7 @@ from titanlm.errors import ArtifactError
 from titanlm.exporters import compression, storage
 from titanlm.exporters.compression import Codec
 from titanlm.exporters.encoding import CodecTrial, Encoded, ExportReport, ExportRequest, decode_tensors
-from titanlm.exporters.header import MAGIC, MAX_HEADER_BYTES, PREFIX, VERSION, FileSpec, Header, PartSpec, TensorSpec, is_plain_file_name, parse
+from titanlm.exporters.header import MAGIC, MAX_HEADER_BYTES, PREFIX, VERSION, FileSpec, Header, PartSpec, TensorSpec, is_plain_file_name, parse, unfold
 from titanlm.registry import register
 
 __all__ = ["Artifact", "ArtifactConfig", "ArtifactExporter", "inspect", "read_artifact"]
@@ -84,14 +84,15 @@ class _Packed:
     """A file in memory."""
 
     header: Header
-    header_json: bytes
+    header_bytes: bytes
+    """As they are in the file."""
     payload: bytearray
     trials: tuple[CodecTrial, ...]
     """The smallest first."""
 
     @property
     def file_bytes(self) -> int:
-        return PREFIX.size + len(self.header_json) + len(self.payload)
+        return PREFIX.size + len(self.header_bytes) + len(self.payload)
 
     @property
     def beside_bytes(self) -> int:
@@ -127,13 +128,13 @@ class ArtifactExporter:
         n_bytes = _counted(packed, request)
         if request.max_bytes is not None and n_bytes > request.max_bytes:
             raise ArtifactError(_overshoot(packed, request, n_bytes))
-        prefix = PREFIX.pack(MAGIC, VERSION, len(packed.header_json), hashlib.sha256(packed.header_json).digest())
+        prefix = PREFIX.pack(MAGIC, VERSION, len(packed.header_bytes), hashlib.sha256(packed.header_bytes).digest())
         try:
             request.path.parent.mkdir(parents=True, exist_ok=True)
             if request.tokenizer == "beside":
                 for name, content in sorted(request.tokenizer_files.items()):
                     _publish_once(request.path.parent / name, content, request.path)
-            _publish(request.path, prefix, packed.header_json, packed.payload)
+            _publish(request.path, prefix, packed.header_bytes, packed.payload)
         except OSError as error:
             raise ArtifactError(f"cannot write {request.path}: {error.strerror or error}; what was there before is unchanged") from error
         return ExportReport(request.path, n_bytes, packed.header.by_tensor(), packed.header.codec, packed.header.layout, packed.trials)
@@ -301,7 +302,7 @@ def _overshoot(packed: _Packed, request: ExportRequest, n_bytes: int) -> str:
     largest = "".join(f"\n  {size:>14,}  {name}" for name, size in sizes[:8])
     return (
         f"the artifact takes {n_bytes:,} bytes, {n_bytes - limit:,} over export.max_bytes = {limit:,}; nothing was written\n"
-        f"  payload {len(packed.payload):,} + header {PREFIX.size + len(packed.header_json):,}"
+        f"  payload {len(packed.payload):,} + header {PREFIX.size + len(packed.header_bytes):,}"
         f" + tokenizer beside it {packed.beside_bytes * request.count_tokenizer:,} + code {request.code_bytes:,}\n"
         f"use fewer bits ([[quantizer]]), a smaller model, a fitter, or a stronger codec; the largest tensors, in bytes before compression:{largest}"
     )
@@ -354,15 +355,15 @@ def _read_header(file: BinaryIO, path: Path) -> Header:
     if len(prefix) < PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
         raise ArtifactError(f"{path}: not a titanlm artifact, or cut off within its first {PREFIX.size} bytes")
     _, version, length, digest = PREFIX.unpack(prefix)
-    if version != VERSION:
-        raise ArtifactError(f"{path}: format version {version}; this titanlm reads version {VERSION} (a newer one may read more)")
+    if not 1 <= version <= VERSION:
+        raise ArtifactError(f"{path}: format version {version}; this titanlm reads versions up to {VERSION} (a newer one may read more)")
     if length > min(MAX_HEADER_BYTES, size - PREFIX.size):
         raise ArtifactError(f"{path}: says that its header has {length:,} bytes; the file has {size:,}, and at most {MAX_HEADER_BYTES:,} are read")
     data = file.read(length)
     if hashlib.sha256(data).digest() != digest:
         raise ArtifactError(f"{path}: the header does not match its checksum, so the file is damaged; copy or export it again")
     try:
-        header = parse(data)
+        header = parse(unfold(data, version))
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     if (payload := size - PREFIX.size - length) != header.payload_bytes:

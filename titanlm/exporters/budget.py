@@ -62,7 +62,7 @@ class Budget:
     together_bytes: int
     """By which the one stream is larger (smaller: below 0) than its pieces compressed alone."""
     header_bytes: int
-    """Config and tables, not compressed."""
+    """Config and tables, compressed by themselves."""
     tokenizer: str
     """"embed" | "beside"."""
     tokenizer_bytes: int

@@ -5,7 +5,7 @@
          8     4  format version, uint32 little-endian
         12     4  length of the header, uint32 little-endian, at most 16 MiB
         16    32  SHA-256 of the header
-        48     …  header: compact JSON with sorted keys, UTF-8
+        48     …  header: compact JSON with sorted keys, UTF-8, as a zlib stream (in version 1 as it is)
          …     …  payload: one stream of the codec, to the end of the file
 
 The header's tables are lists, since their keys would outweigh their values:
@@ -32,6 +32,7 @@ import math
 import re
 import reprlib
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,8 @@ from titanlm.exporters.compression import CODECS
 from titanlm.exporters.storage import DTYPES, LAYOUTS, stored_bytes
 
 MAGIC = b"\x93titanlm"
-VERSION = 1
+VERSION = 2
+"""Of what is written. The tables of a model of 16 MB are 18 kB of JSON, and 3 kB once compressed. Version 1 is read too."""
 PREFIX = struct.Struct("<8sII32s")
 MAX_HEADER_BYTES = 16 << 20
 
@@ -137,7 +139,7 @@ class Header:
         return sizes
 
     def encode(self) -> bytes:
-        """The JSON text; ArtifactError for what ``parse`` would not take."""
+        """The JSON text, compressed, as it is in a file; ArtifactError for what ``parse`` would not take."""
         tables = {
             "codec": self.codec,
             "config": self.config,
@@ -157,7 +159,21 @@ class Header:
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"a quantizer's settings or the config cannot be written as JSON: {error}") from error
         parse(data)
+        return zlib.compress(data, 9)
+
+
+def unfold(data: bytes, version: int) -> bytes:
+    """The JSON text of a header as it is in a file of one of the versions; ArtifactError for a damaged stream. More than ``parse`` takes is cut off."""
+    if version == 1:
         return data
+    decoder = zlib.decompressobj()
+    try:
+        text = decoder.decompress(data, MAX_HEADER_BYTES + 1)
+    except zlib.error as error:
+        raise ArtifactError(f"header is not a zlib stream: {error}") from error
+    if len(text) <= MAX_HEADER_BYTES and (not decoder.eof or decoder.unused_data):
+        raise ArtifactError("header is not one whole zlib stream")
+    return text
 
 
 def parse(data: bytes) -> Header:
