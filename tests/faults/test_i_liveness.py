@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,7 +206,8 @@ def test_i3_a_stopped_rank_is_named_and_ends_the_others(two: Two, faulty: dict[s
     launched = faulty["stopped"]
     assert status_of_other(launched) == HUNG
     assert "rank 1 (" in verdict(launched)
-    assert "gives no sign of life, it is dead or stopped; last seen: step " in verdict(launched)
+    # What it told the others last; six steps may take less time than lies between two tellings.
+    assert re.search("gives no sign of life, it is dead or stopped; last seen: (step |starting)", verdict(launched))
     stacks = (two.runs / "stopped" / "stacks-rank-00000.txt").read_text()
     assert "most recent call first" in stacks
     assert "train_step" in stacks
