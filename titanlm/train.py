@@ -115,8 +115,8 @@ class Trainer:
             self.copies = RemoteCopies(config.checkpoint.copy_to) if config.checkpoint.copy_to and self.world.rank == 0 else None
             self.peers.first(lambda: prepare_checkpoints(self.checkpoints, self.copies))
             earlier = find_earlier(config, self.checkpoints, self.peers)
-            n_parameters = sum(parameter.numel() for parameter in report.model.parameters())
-            self.peers.first(lambda: self.folder.record(dump(config), world_size=self.world.size, n_parameters=n_parameters))
+            self.n_parameters = sum(parameter.numel() for parameter in report.model.parameters())
+            self.peers.first(lambda: self.folder.record(dump(config), world_size=self.world.size, n_parameters=self.n_parameters))
 
             self.loggers = self._new_loggers()
             opened.callback(lambda: self.loggers.close())
@@ -240,9 +240,9 @@ class Trainer:
         self._forget_later()
         self.started_at = self.progress.step
         self.peers.first(lambda: self.loggers.start(self.progress.step))
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
         shared = f" on {self.world.size} ranks ({parallel.strategy})" if parallel.strategy != "none" else ""
-        self.loggers.message(f"{n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {', '.join(report.data) or 'not counted'}")
+        documents = ", ".join(report.data) or "not counted"
+        self.loggers.message(f"{self.n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {documents}")
         for note in [*notes, *room_for_checkpoints(config, model, self.checkpoints)]:
             self.loggers.message(note)
 
