@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.constraints import NonNegativeFew, PositiveFew, PositiveFloat, PositiveInt, Size
+from titanlm.kernels.fused import fused
+from titanlm.kernels.mix import Mix
 from titanlm.models.layers.attention import FLEX_HEAD_DIM, Attention, Mask, attention_mask, usable_backend
 from titanlm.models.layers.bigram_hash import BigramHash
 from titanlm.models.layers.cache import KVCache, LayerCache
@@ -115,12 +117,36 @@ class GolfBlock(nn.Module):
         self.feed_forward = FeedForward(c.d_model, c.d_ff, "relu2")
         self.feed_forward_scale = nn.Parameter(torch.empty(c.d_model, dtype=torch.float32))
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: tuple[LayerCache, Tensor, int] | None = None) -> Tensor:
-        """``x0`` (B, T, D) is what the first block got."""
-        mix = self.residual_mix.to(x.dtype)
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        past: tuple[LayerCache, Tensor, int] | None = None,
+        skip: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``x0`` (B, T, D) is what the first block got, ``skip`` a stream (B, T, D) and its weight (D,), added first.
+
+        Gives the output, and ``x`` and ``x0`` again, through which the gradients of their later uses come back.
+        """
+        if fused(x):
+            return self._fused_forward(x, x0, rotary, mask, skip)
+        mix, given = self.residual_mix.to(x.dtype), x
+        if skip is not None:
+            x = x + skip[1].to(x.dtype) * skip[0]
         x = mix[0] * x + mix[1] * x0
         x = x + self.attention_scale.to(x.dtype) * self.attention(self.attention_norm(x), rotary, mask, past)
-        return x + self.feed_forward_scale.to(x.dtype) * self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed_forward_scale.to(x.dtype) * self.feed_forward(self.feed_forward_norm(x)), given, x0
+
+    def _fused_forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, skip: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with sums and norms fused, each rounded once."""
+        mix, eps = self.residual_mix, self.attention_norm.eps
+        terms, weights = ((x, x0), mix) if skip is None else ((x, skip[0], x0), torch.stack((mix[0], mix[0] * skip[1], mix[1])))
+        x, normed, given, x0 = Mix.apply(weights, eps, (True, *(False for _ in terms[2:]), True), *terms)
+        x, normed = Mix.apply(self.attention_scale[None], eps, (False, False), x, self.attention(normed, rotary, mask))
+        (x,) = Mix.apply(self.feed_forward_scale[None], None, (False, False), x, self.feed_forward(normed))
+        return x, given, x0
 
 
 class GolfCache(KVCache):
@@ -204,7 +230,8 @@ class Golf(LanguageModel):
         x = self.norm(x)
         if self.smear is not None:
             x = self.smear(x, row_starts if self.smear.kind == "recorded" else document_starts)
-        x = x0 = x if cache is None else x[:, CONTEXT:]
+        x = x if cache is None else x[:, CONTEXT:]
+        x0 = x.view_as(x)  # a compiler's graph wants different objects for a function's arguments
         theta = self.config.rope.theta
         if self.config.rope.reference_tokens is not None:
             theta = ntk_theta(theta, self.head_dim, seq_len, self.config.rope.reference_tokens)
@@ -212,10 +239,12 @@ class Golf(LanguageModel):
         rotary = (cos, -sin)  # the records turn the other way than Llama
         kept: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            x = self.skips(layer, x, kept)
-            x = block(x, x0, rotary, mask) if cache is None else block(x, x0, rotary, mask, (cache.layers[layer], batch.positions, cache.used))
+            past = None if cache is None else (cache.layers[layer], batch.positions, cache.used)
+            x, given, x0 = block(x, x0, rotary, mask, past, self.skips(layer, kept))
+            if 0 < layer <= self.skips.n_encoder - 1:
+                kept[-1] = given
             if layer < self.skips.n_encoder:
-                kept.append(x)
+                kept.append(x.view_as(x))
         hidden: Tensor = self.norm(x)
         return hidden
 

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 
 from titanlm.environment import c_compiler
 from titanlm.errors import TitanError
+from titanlm.kernels.causal_attention import CausalAttention
+from titanlm.kernels.fused import fused
+from titanlm.kernels.rotate import RotatedHeads
 from titanlm.models.layers.compiled import compiled
 from titanlm.models.layers.linear import Linear
 from titanlm.models.layers.norm import RMSNorm
@@ -77,7 +80,8 @@ class Attention(nn.Module):
         exclusive: bool = False,
     ) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.fuses = qk_norm != "learned" and head_dim & (head_dim - 1) == 0
         self.backend = backend
         self.exclusive = exclusive
         self.q_proj = Linear(d_model, n_heads * head_dim)
@@ -93,22 +97,34 @@ class Attention(nn.Module):
         ``past`` is this layer's cache, the positions (B, T) of ``x`` and the
         number of slots in use, for decoding.
         """
-        heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        q, k, v = self._fused_heads(x, rotary) if past is None and self.fuses and fused(x) else self._heads(x, rotary)
         own = v
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if self.q_gain is not None:
-            q = q * self.q_gain[:, None].to(q.dtype)
         if past is not None:
             cache, positions, used = past
             k, v = cache.update(positions, k, v, used)
-        attend = _attend_math if self.backend == "math" else _attend_sdpa if mask is None or isinstance(mask, Tensor) else _attend_flex
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        if mask is None and past is None and self.backend != "math" and fused(x):
+            y = CausalAttention.apply(q, k, v)
+        else:
+            attend = _attend_math if self.backend == "math" else _attend_sdpa if mask is None or isinstance(mask, Tensor) else _attend_flex
+            y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         if self.exclusive:
             y = exclude_own_value(y, own)
         return self.o_proj(y.flatten(2))
+
+    def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return (q if self.q_gain is None else q * self.q_gain[:, None].to(q.dtype)), k, v
+
+    def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """One product for all three, one kernel for what follows; as ``_heads`` but for rounding."""
+        qkv = F.linear(x, torch.cat([each.used_weight(x.dtype) for each in (self.q_proj, self.k_proj, self.v_proj)]))
+        eps = None if self.q_norm is None else self.q_norm.eps
+        q, k, v = RotatedHeads.apply(qkv, *rotary, self.q_gain, self.n_heads, self.n_kv_heads, eps)
+        return q, k, v
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:

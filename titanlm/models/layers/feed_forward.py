@@ -11,6 +11,8 @@ from typing import Literal, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanlm.kernels.fused import fused
+from titanlm.kernels.relu2 import Relu2Network
 from titanlm.models.layers.linear import Linear
 
 Activation: TypeAlias = Literal["swiglu", "relu2"]
@@ -32,6 +34,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None and fused(x):
+            network: Tensor = Relu2Network.apply(x.flatten(0, -2), self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype))
+            return network.view(x.shape)
         up = self.up_proj(x)
         inner = F.relu(up).square() if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
         return self.down_proj(inner)

@@ -28,7 +28,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) → (..., n_out), in the dtype of ``x``."""
-        return F.linear(x, in_use(self, "weight").to(x.dtype))
+        return F.linear(x, self.used_weight(x.dtype))
+
+    def used_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the product uses it, (n_out, n_in): for who computes the product himself."""
+        return in_use(self, "weight").to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

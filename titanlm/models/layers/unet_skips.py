@@ -21,9 +21,7 @@ class UNetSkips(nn.Module):
         self.n_encoder = n_layers // 2
         self.weight = nn.Parameter(torch.empty(self.n_encoder, d_model, dtype=torch.float32))
 
-    def forward(self, layer: int, x: Tensor, kept: list[Tensor]) -> Tensor:
-        """The input (B, T, D) of layer ``layer``; ``kept`` holds the outputs of encoder layers and loses the one that is used."""
+    def forward(self, layer: int, kept: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """What is added to the input of layer ``layer``, (B, T, D), and its weight (D,); ``kept`` holds the outputs of encoder layers and loses the one that is used."""
         index = layer - self.n_encoder
-        if not (0 <= index < self.n_encoder):
-            return x
-        return x + self.weight[index].to(x.dtype) * kept.pop()
+        return (kept.pop(), self.weight[index]) if 0 <= index < self.n_encoder else None

@@ -1,0 +1,109 @@
+"""Queries and keys normed, rotated and scaled in one pass over memory, out of one matrix product for all three heads.
+
+What lies between the product and attention is three functions of rows of
+head_dim numbers. In one kernel each direction reads and writes them once, and
+the gradient of the product's output is written in one piece: that of the values
+is copied in. Computed in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanlm.models.layers.rope import rotate
+
+
+def plain_rotated_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin in plain torch of ``RotatedHeads``."""
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split([n_heads, n_kv_heads, n_kv_heads], -2)
+    q, k = q.to(wide), k.to(wide)
+    if eps is not None:
+        q, k = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in (q, k))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if gain is not None:
+        q = q * gain[:, None]
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+_FORWARD = "(Tensor qkv, Tensor cos, Tensor sin, Tensor? gain, int n_heads, int n_kv_heads, float? eps) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(Tensor g_q, Tensor g_k, Tensor g_v, Tensor qkv, Tensor cos, Tensor sin, Tensor? gain, int n_heads, int n_kv_heads, float? eps) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("titanlm::rotated_heads", mutates_args=(), schema=_FORWARD)
+def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
+    from titanlm.kernels import rotate_triton
+
+    return rotate_triton.forward(qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
+
+
+@_rotated.register_fake
+def _rotated_shapes(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
+    *rows, width = qkv.shape
+    head_dim = width // (n_heads + 2 * n_kv_heads)
+    return qkv.new_empty(*rows, n_heads, head_dim), qkv.new_empty(*rows, n_kv_heads, head_dim)
+
+
+@torch.library.custom_op("titanlm::rotated_heads_backward", mutates_args=(), schema=_BACKWARD)
+def _rotated_backward(
+    g_q: Tensor,
+    g_k: Tensor,
+    g_v: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor | None,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    from titanlm.kernels import rotate_triton
+
+    return rotate_triton.backward(g_q, g_k, g_v, qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
+
+
+@_rotated_backward.register_fake
+def _rotated_backward_shapes(
+    g_q: Tensor,
+    g_k: Tensor,
+    g_v: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor | None,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(qkv), cos.new_empty(n_heads)
+
+
+class RotatedHeads(torch.autograd.Function):
+    """(B, T, (H + 2K)·dh) → q (B, T, H, dh), k and v (B, T, K, dh); v is a view.
+
+    ``cos`` and ``sin`` (B, T, 1, dh/2) fp32 as ``rotary_tables`` gives them,
+    ``gain`` (H,) fp32 of the queries or None, ``eps`` of the norm or None for no norm.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv, cos, sin, *([] if gain is None else [gain]))
+        ctx.settings = n_heads, n_kv_heads, eps
+        q, k = torch.ops.titanlm.rotated_heads(qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
+        return q, k, qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))[..., n_heads + n_kv_heads :, :]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos, sin, *gains = ctx.saved_tensors
+        gain = gains[0] if gains else None
+        of_qkv, of_gain = torch.ops.titanlm.rotated_heads_backward(*gradients, qkv, cos, sin, gain, *ctx.settings)
+        return of_qkv, None, None, None if gain is None else of_gain, None, None, None
