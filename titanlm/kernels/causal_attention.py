@@ -13,24 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titanlm.kernels.operator import operator
 
 HAS_FLASH4 = importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
 
 
-_FLASH4 = "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse) -> (Tensor, Tensor, Tensor)"
-
-
-@torch.library.custom_op("titanlm::flash4_backward", mutates_args=(), schema=_FLASH4)
 def _flash4_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute import interface
+    from flash_attn.cute.interface import _flash_attn_bwd
 
-    dq, dk, dv = interface._flash_attn_bwd(q, k, v, y, g, lse, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())[:3]
+    dq, dk, dv = _flash_attn_bwd(q, k, v, y, g, lse, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())[:3]
     return dq, dk, dv
 
 
-@_flash4_backward.register_fake
-def _flash4_shapes(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+flash4_backward = operator(
+    "flash4_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    _flash4_backward,
+    lambda g, q, k, v, y, lse: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+)
 
 
 class CausalAttention(torch.autograd.Function):
@@ -48,7 +47,7 @@ class CausalAttention(torch.autograd.Function):
         q, k, v, y, lse, seed, offset = ctx.saved_tensors
         (g,) = gradients
         if HAS_FLASH4:
-            dq, dk, dv = torch.ops.titanlm.flash4_backward(g.contiguous(), q, k, v, y.transpose(1, 2), lse.squeeze(-1))
+            dq, dk, dv = flash4_backward(g.contiguous(), q, k, v, y.transpose(1, 2), lse.squeeze(-1))
             return dq, dk, dv
         n = q.shape[1]
         parts = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(

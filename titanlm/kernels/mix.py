@@ -19,72 +19,72 @@ then comes to the same backward kernel, which adds it in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from titanlm.kernels.operator import operator
 
-def plain_mix(terms: list[Tensor], weights: Tensor, eps: float, norm: bool) -> tuple[Tensor, Tensor]:
-    """The twin in plain torch. Terms (..., D), weights (n, D) fp32 of the last n of them, the first being taken as it is if it has none."""
-    plain = len(terms) - len(weights)
+
+def plain_mix(terms: Sequence[Tensor], weights: Tensor, eps: float | None) -> tuple[Tensor, Tensor | None]:
+    """The twin in plain torch of ``Mix``: out and, with eps, normed."""
     wide = torch.promote_types(terms[0].dtype, torch.float32)
-    total = sum((weights[k - plain] * term if k >= plain else term.to(wide)) for k, term in enumerate(terms))
-    out = torch.as_tensor(total).to(terms[0].dtype)
-    again = out.to(wide)
-    normed = again * torch.rsqrt(again.square().mean(-1, keepdim=True) + eps) if norm else again.new_empty(0)
-    return out, normed.to(out.dtype)
+    factors = [torch.ones_like(weights[0]), *weights][-len(terms) :]
+    out = torch.stack([factor * term.to(wide) for factor, term in zip(factors, terms, strict=True)]).sum(0).to(terms[0].dtype)
+    if eps is None:
+        return out, None
+    rounded = out.to(wide)
+    return out, (rounded * torch.rsqrt(rounded.square().mean(-1, keepdim=True) + eps)).to(out.dtype)
 
 
-@torch.library.custom_op("titanlm::mix", mutates_args=(), schema="(Tensor[] terms, Tensor weights, float eps, bool norm) -> (Tensor, Tensor)")
-def _mix(terms: list[Tensor], weights: Tensor, eps: float, norm: bool) -> tuple[Tensor, Tensor]:
-    from titanlm.kernels import mix_triton
+def _forward(terms: list[Tensor], weights: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
+    from titanlm.kernels.mix_triton import mixed
 
-    return mix_triton.forward(terms, weights, eps, norm)
-
-
-@_mix.register_fake
-def _mix_shapes(terms: list[Tensor], weights: Tensor, eps: float, norm: bool) -> tuple[Tensor, Tensor]:
-    x = terms[0]
-    return torch.empty_like(x), torch.empty_like(x) if norm else x.new_empty(0)
+    return mixed(terms, weights, eps)
 
 
-_BACKWARD = "(Tensor[] terms, Tensor weights, float eps, Tensor? g_out, Tensor? g_normed, Tensor?[] carried) -> (Tensor[], Tensor)"
-
-
-@torch.library.custom_op("titanlm::mix_backward", mutates_args=(), schema=_BACKWARD)
-def _mix_backward(
-    terms: list[Tensor], weights: Tensor, eps: float, g_out: Tensor | None, g_normed: Tensor | None, carried: list[Tensor | None]
+def _backward(
+    terms: list[Tensor], weights: Tensor, eps: float | None, g_out: Tensor, g_normed: Tensor | None, carried: list[Tensor | None]
 ) -> tuple[list[Tensor], Tensor]:
-    from titanlm.kernels import mix_triton
+    from titanlm.kernels.mix_triton import mixed_backward
 
-    return mix_triton.backward(terms, weights, eps, g_out, g_normed, carried)
+    return mixed_backward(terms, weights, eps, g_out, g_normed, carried)
 
 
-@_mix_backward.register_fake
-def _mix_backward_shapes(
-    terms: list[Tensor], weights: Tensor, eps: float, g_out: Tensor | None, g_normed: Tensor | None, carried: list[Tensor | None]
-) -> tuple[list[Tensor], Tensor]:
-    return [torch.empty_like(term) for term in terms], torch.empty_like(weights)
+mix_forward = operator(
+    "mix(Tensor[] terms, Tensor weights, float? eps) -> (Tensor, Tensor)",
+    _forward,
+    lambda terms, weights, eps: (torch.empty_like(terms[0]), terms[0].new_empty(0 if eps is None else terms[0].shape)),
+)
+mix_backward = operator(
+    "mix_backward(Tensor[] terms, Tensor weights, float? eps, Tensor g_out, Tensor? g_normed, Tensor?[] carried) -> (Tensor[], Tensor)",
+    _backward,
+    lambda terms, weights, *_: ([torch.empty_like(term) for term in terms], torch.empty_like(weights)),
+)
 
 
 class Mix(torch.autograd.Function):
-    """``(weights, eps or None, which terms are passed through, *terms) → (out, normed, *passed)``; without eps there is no normed."""
+    """``(weights, eps or None, which terms are passed through, *terms) → (out, normed, *passed)``; without eps there is no normed.
+
+    Two or three terms (..., D) of one dtype, contiguous; ``weights`` (n, D) fp32
+    are of the last n, the first term being taken as it is if it has none.
+    """
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, eps: float | None, passes: tuple[bool, ...], *terms: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weights, *terms)
         ctx.eps, ctx.passes = eps, passes
-        out, normed = torch.ops.titanlm.mix(list(terms), weights, 0.0 if eps is None else eps, eps is not None)
+        out, normed = mix_forward(list(terms), weights, eps)
         passed = tuple(term.view_as(term) for term, wanted in zip(terms, passes) if wanted)
         return (out, *passed) if eps is None else (out, normed, *passed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weights, *terms = ctx.saved_tensors
-        n_own = 1 if ctx.eps is None else 2
-        g_out, g_normed = gradients[0], None if ctx.eps is None else gradients[1].contiguous()
-        places = [n_own + sum(ctx.passes[:k]) for k in range(len(terms))]
-        carried = [gradients[place].contiguous() if wanted else None for place, wanted in zip(places, ctx.passes)]
-        of_terms, of_weights = torch.ops.titanlm.mix_backward(terms, weights, ctx.eps or 0.0, g_out.contiguous(), g_normed, carried)
+        g_normed = None if ctx.eps is None else gradients[1].contiguous()
+        behind = 1 if ctx.eps is None else 2
+        carried = [gradients[behind + sum(ctx.passes[:k])].contiguous() if wanted else None for k, wanted in enumerate(ctx.passes)]
+        of_terms, of_weights = mix_backward(terms, weights, ctx.eps, gradients[0].contiguous(), g_normed, carried)
         return of_weights, None, None, *of_terms

@@ -17,22 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanlm.kernels.operator import operator
+
 
 def plain_relu2_network(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The twin in plain torch: (..., D), (F, D), (D, F) → (..., D)."""
     return F.linear(F.relu(F.linear(x, up)).square(), down)
 
 
-@torch.library.custom_op("titanlm::relu2_product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? h) -> Tensor")
 def _product(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
-    from titanlm.kernels import relu2_triton
+    from titanlm.kernels.relu2_triton import product
 
-    return relu2_triton.product(a, b, h)
+    return product(a, b, h)
 
 
-@_product.register_fake
-def _product_shape(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
-    return a.new_empty(len(a), len(b))
+relu2_product = operator("relu2_product(Tensor a, Tensor b, Tensor? h) -> Tensor", _product, lambda a, b, h: a.new_empty(len(a), len(b)))
 
 
 class Relu2Network(torch.autograd.Function):
@@ -40,7 +39,7 @@ class Relu2Network(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        h = torch.ops.titanlm.relu2_product(x, up, None)
+        h = relu2_product(x, up, None)
         ctx.save_for_backward(x, up, down, h)
         return h @ down.T
 
@@ -48,5 +47,5 @@ class Relu2Network(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, up, down, h = ctx.saved_tensors
         (g,) = gradients
-        g_u = torch.ops.titanlm.relu2_product(g, down.T.contiguous(), h)
+        g_u = relu2_product(g, down.T.contiguous(), h)
         return g_u @ up, g_u.T @ x, g.T @ h

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titanlm.kernels.operator import operator
 from titanlm.models.layers.rope import rotate
 
 
@@ -20,9 +21,8 @@ def plain_rotated_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin in plain torch of ``RotatedHeads``."""
-    wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split([n_heads, n_kv_heads, n_kv_heads], -2)
-    q, k = q.to(wide), k.to(wide)
+    q, k = q.to(cos.dtype), k.to(cos.dtype)
     if eps is not None:
         q, k = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in (q, k))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -31,65 +31,39 @@ def plain_rotated_heads(
     return q.to(v.dtype), k.to(v.dtype), v
 
 
-_FORWARD = "(Tensor qkv, Tensor cos, Tensor sin, Tensor? gain, int n_heads, int n_kv_heads, float? eps) -> (Tensor, Tensor)"
-_BACKWARD = (
-    "(Tensor g_q, Tensor g_k, Tensor g_v, Tensor qkv, Tensor cos, Tensor sin, Tensor? gain, int n_heads, int n_kv_heads, float? eps) -> (Tensor, Tensor)"
-)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from titanlm.kernels.rotate_triton import rotated
+
+    return rotated(*arguments)
 
 
-@torch.library.custom_op("titanlm::rotated_heads", mutates_args=(), schema=_FORWARD)
-def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
-    from titanlm.kernels import rotate_triton
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from titanlm.kernels.rotate_triton import rotated_backward
 
-    return rotate_triton.forward(qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
+    return rotated_backward(*arguments)
 
 
-@_rotated.register_fake
-def _rotated_shapes(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
+def _shapes(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
     *rows, width = qkv.shape
     head_dim = width // (n_heads + 2 * n_kv_heads)
     return qkv.new_empty(*rows, n_heads, head_dim), qkv.new_empty(*rows, n_kv_heads, head_dim)
 
 
-@torch.library.custom_op("titanlm::rotated_heads_backward", mutates_args=(), schema=_BACKWARD)
-def _rotated_backward(
-    g_q: Tensor,
-    g_k: Tensor,
-    g_v: Tensor,
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor | None,
-    n_heads: int,
-    n_kv_heads: int,
-    eps: float | None,
-) -> tuple[Tensor, Tensor]:
-    from titanlm.kernels import rotate_triton
-
-    return rotate_triton.backward(g_q, g_k, g_v, qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
-
-
-@_rotated_backward.register_fake
-def _rotated_backward_shapes(
-    g_q: Tensor,
-    g_k: Tensor,
-    g_v: Tensor,
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor | None,
-    n_heads: int,
-    n_kv_heads: int,
-    eps: float | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(qkv), cos.new_empty(n_heads)
+_ARGUMENTS = "Tensor qkv, Tensor cos, Tensor sin, Tensor? gain, int n_heads, int n_kv_heads, float? eps"
+heads_forward = operator(f"rotated_heads({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _shapes)
+heads_backward = operator(
+    f"rotated_heads_backward(Tensor g_q, Tensor g_k, Tensor g_v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _backward,
+    lambda g_q, g_k, g_v, qkv, cos, sin, gain, n_heads, *_: (torch.empty_like(qkv), cos.new_empty(n_heads)),
+)
 
 
 class RotatedHeads(torch.autograd.Function):
     """(B, T, (H + 2K)·dh) → q (B, T, H, dh), k and v (B, T, K, dh); v is a view.
 
     ``cos`` and ``sin`` (B, T, 1, dh/2) fp32 as ``rotary_tables`` gives them,
-    ``gain`` (H,) fp32 of the queries or None, ``eps`` of the norm or None for no norm.
+    ``gain`` (H,) fp32 of the queries or None, ``eps`` of the norm or None for no
+    norm. dh is a power of two.
     """
 
     @staticmethod
@@ -98,12 +72,12 @@ class RotatedHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(qkv, cos, sin, *([] if gain is None else [gain]))
         ctx.settings = n_heads, n_kv_heads, eps
-        q, k = torch.ops.titanlm.rotated_heads(qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
+        q, k = heads_forward(qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
         return q, k, qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))[..., n_heads + n_kv_heads :, :]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin, *gains = ctx.saved_tensors
         gain = gains[0] if gains else None
-        of_qkv, of_gain = torch.ops.titanlm.rotated_heads_backward(*gradients, qkv, cos, sin, gain, *ctx.settings)
+        of_qkv, of_gain = heads_backward(*gradients, qkv, cos, sin, gain, *ctx.settings)
         return of_qkv, None, None, None if gain is None else of_gain, None, None, None

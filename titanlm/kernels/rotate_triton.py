@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-ROWS = 32
-"""Positions a program has in hand."""
-WARPS = 4
+from titanlm.kernels.jit import jit, tl, triton
+
+_ROWS = 8
+"""Positions a program has in hand, all their heads one after the other. Measured on an H200 at 8 and 4 heads of 64."""
 
 
-@triton.jit
-def _forward(qkv, cos, sin, gain, q, k, n_rows, eps, STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr):
+@jit
+def _rotated(
+    qkv, cos, sin, gain, q, k, n_rows, eps,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     half = tl.arange(0, HALF)
     mask = (rows < n_rows)[:, None] & (half < HALF)[None, :]
@@ -30,11 +32,11 @@ def _forward(qkv, cos, sin, gain, q, k, n_rows, eps, STRIDE: tl.constexpr, H: tl
             x2 *= scale
         y1 = x1 * c - x2 * s
         y2 = x2 * c + x1 * s
+        if head < H and GAIN:
+            factor = tl.load(gain + head)
+            y1 *= factor
+            y2 *= factor
         if head < H:
-            if GAIN:
-                factor = tl.load(gain + head)
-                y1 *= factor
-                y2 *= factor
             target = q + rows[:, None] * (H * 2 * HALF) + head * 2 * HALF + half[None, :]
         else:
             target = k + rows[:, None] * (K * 2 * HALF) + (head - H) * 2 * HALF + half[None, :]
@@ -42,8 +44,8 @@ def _forward(qkv, cos, sin, gain, q, k, n_rows, eps, STRIDE: tl.constexpr, H: tl
         tl.store(target + HALF, y2.to(q.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _backward(
+@jit
+def _rotated_backward(
     qkv, cos, sin, gain, g_q, g_k, g_v, d_qkv, sums, n_rows, eps,
     q_row, q_head, k_row, k_head, v_row, v_head, T,  q_batch, k_batch, v_batch,
     STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
@@ -76,13 +78,12 @@ def _backward(
             x1 *= scale
             x2 *= scale
         along = tl.sum(u1 * x1, 1) + tl.sum(u2 * x2, 1)
-        if head < H:
-            if GAIN:
-                tl.store(sums + tl.program_id(0) * H + head, tl.sum(along, 0))
-                factor = tl.load(gain + head)
-                u1 *= factor
-                u2 *= factor
-                along *= factor
+        if head < H and GAIN:
+            tl.store(sums + tl.program_id(0) * H + head, tl.sum(along, 0))
+            factor = tl.load(gain + head)
+            u1 *= factor
+            u2 *= factor
+            along *= factor
         if NORM:
             along = (along / (2 * HALF))[:, None]
             u1 = scale * (u1 - x1 * along)
@@ -96,31 +97,31 @@ def _backward(
         tl.store(d_qkv + own + HALF, tl.load(value + HALF, mask=mask, other=0.0), mask=mask)
 
 
-def forward(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
     *rows, stride = qkv.shape
     head_dim = stride // (n_heads + 2 * n_kv_heads)
     n_rows = qkv.numel() // stride
     q = qkv.new_empty(*rows, n_heads, head_dim)
     k = qkv.new_empty(*rows, n_kv_heads, head_dim)
-    _forward[(triton.cdiv(n_rows, ROWS),)](
+    _rotated[(triton.cdiv(n_rows, _ROWS),)](
         qkv, cos, sin, qkv if gain is None else gain, q, k, n_rows, eps or 0.0,
-        STRIDE=stride, H=n_heads, K=n_kv_heads, HALF=head_dim // 2, NORM=eps is not None, GAIN=gain is not None, ROWS=ROWS, num_warps=WARPS,
+        STRIDE=stride, H=n_heads, K=n_kv_heads, HALF=head_dim // 2, NORM=eps is not None, GAIN=gain is not None, ROWS=_ROWS, num_warps=1,
     )  # fmt: skip
     return q, k
 
 
-def backward(
+def rotated_backward(
     g_q: Tensor, g_k: Tensor, g_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     stride = qkv.shape[-1]
     n_rows = qkv.numel() // stride
-    programs = triton.cdiv(n_rows, ROWS)
+    programs = triton.cdiv(n_rows, _ROWS)
     d_qkv = torch.empty_like(qkv)
     sums = torch.empty(programs if gain is not None else 0, n_heads, device=qkv.device, dtype=torch.float32)
-    _backward[(programs,)](
+    _rotated_backward[(programs,)](
         qkv, cos, sin, qkv if gain is None else gain, g_q, g_k, g_v, d_qkv, sums, n_rows, eps or 0.0,
         g_q.stride(1), g_q.stride(2), g_k.stride(1), g_k.stride(2), g_v.stride(1), g_v.stride(2), qkv.shape[1], g_q.stride(0), g_k.stride(0), g_v.stride(0),
         STRIDE=stride, H=n_heads, K=n_kv_heads, HALF=stride // (n_heads + 2 * n_kv_heads) // 2,
-        NORM=eps is not None, GAIN=gain is not None, ROWS=ROWS, num_warps=WARPS,
+        NORM=eps is not None, GAIN=gain is not None, ROWS=_ROWS, num_warps=1,
     )  # fmt: skip
     return d_qkv, sums.sum(0)

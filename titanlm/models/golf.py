@@ -139,7 +139,9 @@ class GolfBlock(nn.Module):
         x = x + self.attention_scale.to(x.dtype) * self.attention(self.attention_norm(x), rotary, mask, past)
         return x + self.feed_forward_scale.to(x.dtype) * self.feed_forward(self.feed_forward_norm(x)), given, x0
 
-    def _fused_forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, skip: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused_forward(
+        self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, skip: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with sums and norms fused, each rounded once."""
         mix, eps = self.residual_mix, self.attention_norm.eps
         terms, weights = ((x, x0), mix) if skip is None else ((x, skip[0], x0), torch.stack((mix[0], mix[0] * skip[1], mix[1])))

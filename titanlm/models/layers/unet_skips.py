@@ -22,6 +22,6 @@ class UNetSkips(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.n_encoder, d_model, dtype=torch.float32))
 
     def forward(self, layer: int, kept: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """What is added to the input of layer ``layer``, (B, T, D), and its weight (D,); ``kept`` holds the outputs of encoder layers and loses the one that is used."""
+        """What is added to the input of layer ``layer``, (B, T, D), and its weight (D,). ``kept`` holds outputs of encoder layers and loses that one."""
         index = layer - self.n_encoder
         return (kept.pop(), self.weight[index]) if 0 <= index < self.n_encoder else None

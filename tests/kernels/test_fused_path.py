@@ -1,0 +1,137 @@
+"""The way through the kernels, with the kernels' twins in their place: what is wired to what, and whether the compiler takes it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from titanlm.batch import Batch
+from titanlm.kernels import mix, relu2, rotate
+from titanlm.kernels.fused import fused
+from titanlm.models import golf
+from titanlm.models.layers import attention, feed_forward, rope
+
+
+def _mix(terms, weights, eps):
+    out, normed = mix.plain_mix(terms, weights, eps)
+    return out, out.new_empty(0) if normed is None else normed
+
+
+def _through_norm(x, g, eps):
+    """The gradient of x / √(mean(x²) + eps) over the last dimension."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return scale * (g - x * scale.square() * (g * x).mean(-1, keepdim=True))
+
+
+def _mix_backward(terms, weights, eps, g_out, g_normed, carried):
+    g = g_out if g_normed is None else g_out + _through_norm(mix.plain_mix(terms, weights, None)[0], g_normed, eps)
+    factors = [torch.ones_like(weights[0]), *weights][-len(terms) :]
+    of_terms = [factor * g + (0 if extra is None else extra) for factor, extra in zip(factors, carried, strict=True)]
+    return of_terms, torch.stack([(g * term).flatten(0, -2).sum(0) for term in terms[-len(weights) :]])
+
+
+def _rotated(*arguments):
+    q, k, _ = rotate.plain_rotated_heads(*arguments)
+    return q.clone(), k.clone()
+
+
+def _rotated_backward(g_q, g_k, g_v, qkv, cos, sin, gain, n_heads, n_kv_heads, eps):
+    q, k, _ = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split([n_heads, n_kv_heads, n_kv_heads], -2)
+    unit = rotate.plain_rotated_heads(qkv, cos, sin, None, n_heads, n_kv_heads, eps)[0]
+    of_gain = (g_q * unit).sum((0, 1, 3))
+    g_q = g_q if gain is None else g_q * gain[:, None]
+    back = [rope.rotate(g, cos, -sin) for g in (g_q, g_k)]
+    back = [g if eps is None else _through_norm(x, g, eps) for x, g in zip((q, k), back, strict=True)]
+    return torch.cat((*back, g_v), -2).flatten(-2), of_gain
+
+
+def _relu2(a, b, h):
+    return F.relu(a @ b.T).square() if h is None else (a @ b.T) * 2 * h.sqrt()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def twins():
+    """On the CPU the operators compute what the kernels are to compute."""
+    library = torch.library.Library("titanlm", "IMPL")
+    for name, function in {
+        "mix": _mix,
+        "mix_backward": _mix_backward,
+        "rotated_heads": _rotated,
+        "rotated_heads_backward": _rotated_backward,
+        "relu2_product": _relu2,
+    }.items():
+        library.impl(name, function, "CPU")
+    yield
+    library._destroy()
+
+
+class PlainCausal:
+    @staticmethod
+    def apply(q, k, v):
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+SETTINGS = golf.GolfConfig(
+    n_layers=5, d_model=32, n_heads=4, n_kv_heads=2, d_ff=64, exclusive_last=2, smear_gate="recorded", bigram_buckets=17, bigram_dim=16, init="orthogonal"
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    """Five layers: two whose outputs are handed on, a third that is given what it is given anyway, and a last one without."""
+    made = golf.Golf(SETTINGS, vocab_size=50, max_seq_len=16)
+    made.init_weights(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def batch():
+    tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(16, dtype=torch.int32).expand(2, 16)
+    return Batch(tokens=tokens, labels=tokens, positions=positions, document_ids=torch.zeros_like(tokens), target_bytes=tokens, document_mask=False)
+
+
+def outcome(model):
+    model.zero_grad()
+    hidden = model(batch())
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
+    return hidden.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("compile", ["none", "block", "model"])
+def test_same_as_the_plain_way(model, monkeypatch, compile):
+    hidden, gradients = outcome(model)
+    for module in (golf, attention, feed_forward):
+        monkeypatch.setattr(module, "fused", lambda x: True)
+    monkeypatch.setattr(attention, "CausalAttention", PlainCausal)
+    if compile == "block":
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    if compile == "model":
+        model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    fused_hidden, fused_gradients = outcome(model)
+    torch.testing.assert_close(fused_hidden, hidden, rtol=1e-4, atol=1e-5)
+    assert fused_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(1, 8), 1e-6)),
+        (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(2, 8), None)),
+        (mix.mix_backward, ([torch.ones(2, 3, 8)] * 2, torch.ones(1, 8), 1e-6, torch.ones(2, 3, 8), torch.ones(2, 3, 8), [None, torch.ones(2, 3, 8)])),
+        (rotate.heads_forward, (torch.ones(2, 3, 32), torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), torch.ones(2), 2, 1, 1e-6)),
+        (relu2.relu2_product, (torch.ones(4, 8), torch.ones(6, 8), None)),
+    ],
+)
+def test_shapes_told_to_the_compiler(operator, arguments):
+    torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_kernels_are_for_training_on_cuda():
+    assert not fused(torch.ones(2, dtype=torch.bfloat16))

@@ -1,0 +1,122 @@
+"""Each Triton kernel against its twin in plain torch, values and gradients.
+
+Run by hand on a CUDA device, or without one in Triton's interpreter:
+``TRITON_INTERPRET=1 pytest -m gpu tests/kernels/test_triton.py``.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from titanlm.kernels.mix import Mix, plain_mix
+from titanlm.kernels.relu2 import Relu2Network, plain_relu2_network
+from titanlm.kernels.rotate import RotatedHeads, plain_rotated_heads
+from titanlm.models.layers.rope import rotary_tables
+
+pytestmark = pytest.mark.gpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def device():
+    if importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED):
+        pytest.skip("needs Triton, and a CUDA device or TRITON_INTERPRET=1")
+    torch.manual_seed(0)
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def rounded(*shape, device, scale=1.0):
+    """Normal numbers that bf16 holds exactly, in fp32."""
+    return (scale * torch.randn(*shape, device=device)).bfloat16().float()
+
+
+def close(got, wanted, tolerance):
+    """To a share of the largest magnitude: bf16 rounds to 2⁻⁸ of a number, sums are larger than what they lose."""
+    wanted = wanted.float()
+    assert (got.float() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def both(fused, plain, inputs, dtype, tolerance):
+    """Values and gradients of two functions of tensors that return tuples, the second computed in fp32 from the same numbers."""
+    mine = [x.to(dtype if x.ndim > 2 else torch.float32).requires_grad_() for x in inputs]
+    theirs = [x.clone().requires_grad_() for x in inputs]
+    results, references = fused(*mine), plain(*theirs)
+    seeds = [rounded(*reference.shape, device=reference.device) for reference in references]
+    for result, reference in zip(results, references, strict=True):
+        assert result.dtype == dtype
+        close(result, reference, tolerance)
+    gradients = torch.autograd.grad(results, mine, [seed.to(dtype) for seed in seeds])
+    for gradient, reference in zip(gradients, torch.autograd.grad(references, theirs, seeds), strict=True):
+        close(gradient, reference, tolerance)
+
+
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("width", [32, 48, 512])
+@pytest.mark.parametrize(("n_terms", "n_weights"), [(2, 1), (2, 2), (3, 3), (3, 2)])
+@pytest.mark.parametrize("eps", [None, 1e-6])
+def test_mix(device, dtype, tolerance, width, n_terms, n_weights, eps):
+    def fused(weights, *terms):
+        # What is passed through is used again, so that a second gradient comes to each term.
+        out, *rest = Mix.apply(weights, eps, (True,) * n_terms, *terms)
+        passed = rest[-n_terms:]
+        return (out, *rest[:-n_terms], *(term * 2 for term in passed))
+
+    def plain(weights, *terms):
+        results = plain_mix(terms, weights, eps)
+        return (*(result for result in results if result is not None), *(term * 2 for term in terms))
+
+    terms = [rounded(3, 7, width, device=device) for _ in range(n_terms)]
+    both(fused, plain, [rounded(n_weights, width, device=device), *terms], dtype, tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("eps", [None, 1e-6])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(4, 2, 8), (3, 3, 16), (8, 4, 64)])
+def test_rotated_heads(device, dtype, tolerance, gained, eps, n_heads, n_kv_heads, head_dim):
+    positions = torch.stack([torch.arange(11), torch.arange(11) % 4]).to(device)
+    tables = rotary_tables(positions, head_dim, 100.0, dtype)
+    shape = (n_heads, n_kv_heads, eps)
+
+    def fused(qkv, *gain):
+        return RotatedHeads.apply(qkv, *tables, *(gain or (None,)), *shape)
+
+    def plain(qkv, *gain):
+        return plain_rotated_heads(qkv, *tables, *(gain or (None,)), *shape)
+
+    inputs = [rounded(2, 11, (n_heads + 2 * n_kv_heads) * head_dim, device=device)]
+    both(fused, plain, inputs + [rounded(n_heads, device=device)] * gained, dtype, tolerance)
+
+
+def test_gradients_of_any_layout(device):
+    """Attention gives its gradients heads first or positions first."""
+    positions = torch.arange(8, device=device).expand(2, 8)
+    tables = rotary_tables(positions, 16, 100.0, torch.float32)
+    qkv = torch.randn(2, 8, 4 * 16, device=device, requires_grad=True)
+    heads = RotatedHeads.apply(qkv, *tables, None, 2, 1, 1e-6)
+    seeds = [torch.randn_like(each) for each in heads]
+    (wanted,) = torch.autograd.grad(heads, qkv, seeds, retain_graph=True)
+    (got,) = torch.autograd.grad(heads, qkv, [seed.transpose(1, 2).contiguous().transpose(1, 2) for seed in seeds])
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("n_rows", [1, 256, 300])
+@pytest.mark.parametrize(("width", "d_ff"), [(64, 192), (512, 1536)])
+def test_relu2_network(device, n_rows, width, d_ff):
+    if INTERPRETED and width > 64:
+        pytest.skip("too much for the interpreter")
+    x, up, down = rounded(n_rows, width, device=device), rounded(d_ff, width, device=device, scale=0.1), rounded(width, d_ff, device=device, scale=0.1)
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16  # its products of bf16 are wrong
+    mine = [each.to(dtype).requires_grad_() for each in (x, up, down)]
+    theirs = [each.double().requires_grad_() for each in (x, up, down)]
+    seed = rounded(n_rows, width, device=device)
+    result, reference = Relu2Network.apply(*mine), plain_relu2_network(*theirs)
+    close(result, reference, 0.02)
+    for got, wanted in zip(torch.autograd.grad(result, mine, seed.to(dtype)), torch.autograd.grad(reference, theirs, seed.double()), strict=True):
+        close(got, wanted, 0.02)
