@@ -30,3 +30,11 @@ def test_absent_role_is_fine_beside_another_but_an_unknown_one_is_not() -> None:
 
 def test_unclaimed_parameters_are_listed() -> None:
     assert claim(ROLES, [["@matrix"]]).unclaimed == ["embedding.weight", "blocks.0.norm.weight"]
+
+
+def test_entries_of_other_groups_take_nothing_away() -> None:
+    claims = claim(ROLES, [["@matrix"], ["blocks.*"], ["@matrix", "@embedding"], ["@matrix"]], [False, False, True, True])
+    assert claims.claimed[0] == claims.claimed[2][1:] == [name for name, role in ROLES.items() if role == "matrix"]
+    assert claims.claimed[1] == ["blocks.0.norm.weight"]
+    assert claims.unclaimed == []
+    assert [problem.partition(":")[0] for problem in claims.problems] == ["3.params"]

@@ -106,6 +106,13 @@ def _check(config: RunConfig) -> Report:
         report.problems.append("adapter: training would round the weights without it, and export those with it merged in; leave out one of adapter and qat")
     if rounding and config.parallel.gather_dtype == "compute" and train.precision == "bf16":
         report.problems.append("parallel.gather_dtype: 'compute' gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'")
+    if any(quantizer.name == "float8" for quantizer in config.quantizer):
+        if train.precision != "bf16":
+            report.problems.append(
+                f"train.precision: quantizer 'float8' takes bf16 activations to FP8, and it is {train.precision!r}; set 'bf16', or leave the quantizer out"
+            )
+        if train.compile == "none":
+            report.warnings.append("train.compile: 'none', and casts to FP8 that nothing fuses cost more than FP8 gains; use 'block' or 'model'")
     report.attempt("loss", lambda: config.loss.build())
     if config.fitter is not None:
         if config.export.max_bytes is None:
@@ -324,8 +331,11 @@ def optimizer_claims(config: RunConfig, model: Any) -> Claims:
 
 
 def quantizer_claims(config: RunConfig, model: Any) -> Claims:
+    """Those of products apart from those of weights: a matrix may be multiplied by in FP8 and stored as integers."""
     roles = all_roles(model)
-    return claim({name: roles[name] for name, _ in model.named_parameters() if name in roles}, [quantizer.config.params for quantizer in config.quantizer])
+    names = {name: roles[name] for name, _ in model.named_parameters() if name in roles}
+    groups = [getattr(quantizer.build(), "of_products", False) for quantizer in config.quantizer]
+    return claim(names, [quantizer.config.params for quantizer in config.quantizer], groups)
 
 
 def _check_model(config: RunConfig, report: Report) -> None:

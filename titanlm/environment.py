@@ -37,6 +37,7 @@ _NEEDED_BY = {
     ("tokenizer", "tiktoken"): "tiktoken",
     ("tokenizer", "huggingface"): "tokenizers",
     ("dataset", "parquet"): "pyarrow",
+    ("quantizer", "float8"): "torchao",
 }
 """Component → the package it imports."""
 _CODECS = {"zstd": "zstandard", "brotli": "brotli"}
@@ -151,7 +152,7 @@ def _device_problems(run_config: Any) -> Iterator[str]:
 
 
 def _package_problems(run_config: Any) -> Iterator[str]:
-    slots = [(f"logger.{index}", component) for index, component in enumerate(getattr(run_config, "logger", ()))]
+    slots = [(f"{kind}.{index}", component) for kind in ("logger", "quantizer") for index, component in enumerate(getattr(run_config, kind, ()))]
     slots.append(("tokenizer", getattr(run_config, "tokenizer", None)))
     for path, component in slots:
         name = getattr(component, "name", "")

@@ -49,11 +49,14 @@ def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor],
         raise ConfigError([f"quantizer.{problem}" for problem in claims.problems], "export")
     encoded: dict[str, Encoded | Tensor] = {}
     claimed = dict.fromkeys(tensors, None) | {
-        name: quantizer.build() for quantizer, names in zip(config.quantizer, claims.claimed, strict=True) for name in names
+        name: quantizer.build()
+        for quantizer, names in zip(config.quantizer, claims.claimed, strict=True)
+        for name in names
+        if hasattr(quantizer.build(), "encode")
     }
     for name, tensor in tensors.items():
         quantizer = claimed[name]
-        if quantizer is not None and hasattr(quantizer, "encode") and _takes(quantizer, tensor):
+        if quantizer is not None and _takes(quantizer, tensor):
             try:
                 encoded[name] = quantizer.encode_calibrated(tensor, moments[name]) if name in moments else quantizer.encode(tensor)
             except TitanError as error:  # it knows the numbers, not whose they are

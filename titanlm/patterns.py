@@ -6,7 +6,7 @@ A pattern is a glob over parameter names (``blocks.*.attention.*``) or a role
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,8 +38,10 @@ def matches(patterns: Sequence[str], name: str, role: str) -> bool:
     return any(role == pattern[1:] if pattern.startswith("@") else fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def claim(roles: Mapping[str, str], entries: Sequence[Sequence[str]]) -> Claims:
+def claim(roles: Mapping[str, str], entries: Sequence[Sequence[str]], groups: Sequence[Hashable] | None = None) -> Claims:
     """Share out the names in ``roles`` (name → role) among the entries' patterns.
+
+    With ``groups``, one an entry, entries take names from others of their group alone.
 
     A name pattern must match something; a role that this model happens not to
     have (a tied model has no ``@head``) may not, as long as the entry claims
@@ -49,8 +51,12 @@ def claim(roles: Mapping[str, str], entries: Sequence[Sequence[str]]) -> Claims:
     claimed: list[list[str]] = [[] for _ in entries]
     unclaimed: list[str] = []
     for name, role in roles.items():
-        taker = next((index for index, patterns in enumerate(entries) if matches(patterns, name, role)), None)
-        (unclaimed if taker is None else claimed[taker]).append(name)
+        takers: dict[Hashable, int] = {}
+        for index, patterns in enumerate(entries):
+            if matches(patterns, name, role):
+                takers.setdefault(groups[index] if groups else None, index)
+        for taken in [claimed[index] for index in takers.values()] or [unclaimed]:
+            taken.append(name)
     for index, patterns in enumerate(entries):
         for pattern in patterns:
             if pattern.startswith("@"):

@@ -35,11 +35,13 @@ from titanlm.errors import RegistryError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor, nn
 
     from titanlm.batch import Batch, Document, Row
     from titanlm.exporters.encoding import Candidate, Encoded, ExportReport, ExportRequest
     from titanlm.progress import Progress
+    from titanlm.tuned import Tuned
 
 __all__ = ["KINDS", "Component", "Entry", "Kind", "Slot", "did_you_mean", "known", "lookup", "register"]
 
@@ -121,12 +123,22 @@ class Adapter(Protocol):
 class Quantizer(Protocol):
     """``prepare(model)`` before sharding and compile; ``encode``/``decode`` at export. Either may be absent.
 
+    One that changes how matrices are multiplied by and not what they are says
+    ``of_products = True``: it claims parameters apart from the others. What
+    hangs on the device is for ``begin``, which may be absent too: called in
+    training alone, on materialised and sharded parameters before anything is
+    traced, it returns lines for the log. ``n_tokens`` are those of a forward
+    pass, ``n_head_tokens`` those that the loss gives the head at once.
+
     May say which tensors are too small for it, ``takes(tensor) → bool``; one
     that says ``calibrated = True`` is given the second moments of what a matrix
     meets instead: ``encode_calibrated(tensor, hessian)`` (``titanlm.calibration``).
     """
 
     def prepare(self, model: nn.Module, params: Sequence[str]) -> None: ...  # names it claimed; names must keep
+    def begin(
+        self, model: nn.Module, params: Sequence[str], *, device: torch.device, n_tokens: int, n_head_tokens: int, compiled: bool, tuned: Tuned
+    ) -> list[str]: ...
     def encode(self, tensor: Tensor) -> Encoded: ...
     def decode(self, encoded: Encoded) -> Tensor: ...
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from titanlm import checkpoint
-from titanlm.check import Report, check, checkpoint_bytes
+from titanlm.check import Report, check, checkpoint_bytes, quantizer_claims
 from titanlm.checkpoint_copy import RemoteCopies
 from titanlm.config import RunConfig
 from titanlm.distributed.slices import whole
@@ -16,9 +18,12 @@ from titanlm.distributed.world import Peers, World
 from titanlm.environment import requirements
 from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.loggers.text import printable
+from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB
+from titanlm.progress import Phases
 from titanlm.runs import RunFolder
 from titanlm.tokenizers.fingerprint import difference
+from titanlm.tuned import Tuned
 from titanlm.weights import load_weights
 
 
@@ -92,6 +97,17 @@ def load_initial(config: RunConfig, model: Any, tokenizer: Any, peers: Peers) ->
     fresh = {name: whole(tensor) for name, tensor in tensors.items()} if settings.skip or settings.grow == "init" else {}
     weights, notes = peers.agree(lambda: initial_weights(settings, model, tokenizer=tokenizer.fingerprint, fresh=fresh.__getitem__))
     load_weights(model, weights, settings.path)
+    return notes
+
+
+def begin_quantizers(config: RunConfig, model: Any, phases: Phases, *, device: torch.device, compiled: bool, tuned: Tuned) -> list[str]:
+    """Let quantizers do what hangs on the device, on a materialised model of which nothing was traced yet; what they have to say."""
+    n_tokens = max(phase.micro_batch * phase.seq_len for _, phase in phases.stages)
+    facts = {"n_tokens": n_tokens, "n_head_tokens": chunk_size(n_tokens, config.loss.config.chunk_tokens)}
+    notes: list[str] = []
+    for entry, names in zip(config.quantizer, quantizer_claims(config, model).claimed, strict=True):
+        begin = getattr(entry.build(), "begin", None)
+        notes += [] if begin is None else begin(model, names, device=device, compiled=compiled, tuned=tuned, **facts)
     return notes
 
 

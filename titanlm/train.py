@@ -59,13 +59,14 @@ from titanlm.precision import DTYPES, set_precision
 from titanlm.profiling import ProfileWindow
 from titanlm.progress import Phase, Phases, Progress, enter
 from titanlm.resume import WEIGHTS, find_earlier
-from titanlm.run_start import load_initial, open_folder, preflight, prepare_checkpoints, require_same_data, room_for_checkpoints, wind_back
+from titanlm.run_start import begin_quantizers, load_initial, open_folder, preflight, prepare_checkpoints, require_same_data, room_for_checkpoints, wind_back
 from titanlm.runs import write_atomic
 from titanlm.saver import Saver
 from titanlm.spikes import SpikeDetector
 from titanlm.state_tree import copied
 from titanlm.stream import streams_of
 from titanlm.train_module import TrainModule
+from titanlm.tuned import Tuned
 from titanlm.weights import initialise, load_weights, unique_names
 
 ECHO_S = 3.0
@@ -176,8 +177,10 @@ class Trainer:
         fresh = earlier is None and config.checkpoint.initial_load is not None
         notes = load_initial(config, model, self.tokenizer, self.peers) if fresh else []
 
-        # 10. Compiled in place: state keeps its names. Each phase's shapes compile once.
+        # 10. Compiled in place: state keeps its names. Each phase's shapes compile once, when they first come.
         self.compiled = compile_module(self.module, train.compile)
+        tuned = Tuned(self.folder.path, self.peers)
+        notes += begin_quantizers(config, model, self.phases, device=self.device, compiled=self.compiled != "none", tuned=tuned)
         self.forward = self.strategy.wrap(self.module)
 
         # 11. Optimizers over the materialised parameters; each knows the peaks of what is scheduled.

@@ -34,14 +34,17 @@ def _rotated(*arguments):
     return q.clone(), k.clone()
 
 
-def _rotated_backward(g_q, g_k, g_v, qkv, cos, sin, gain, n_heads, n_kv_heads, eps):
+def _rotated_backward(g_q, g_k, g_v, qkv, cos, sin, norms, gain, n_heads, n_kv_heads, eps):
     q, k, _ = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split([n_heads, n_kv_heads, n_kv_heads], -2)
-    unit = rotate.plain_rotated_heads(qkv, cos, sin, None, n_heads, n_kv_heads, eps)[0]
-    of_gain = (g_q * unit).sum((0, 1, 3))
-    g_q = g_q if gain is None else g_q * gain[:, None]
-    back = [rope.rotate(g, cos, -sin) for g in (g_q, g_k)]
+    of_gain = (g_q * rotate.plain_rotated_heads(qkv, cos, sin, norms, None, n_heads, n_kv_heads, eps)[0]).sum((0, 1, 3))
+    back = [rope.rotate(g, cos, -sin) for g in (g_q if gain is None else g_q * gain[:, None], g_k)]
+    of_norms = torch.zeros(2, q.shape[-1])
+    if norms is not None:
+        units = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in (q, k)]
+        of_norms = torch.stack([(g * unit).sum((0, 1, 2)) for g, unit in zip(back, units, strict=True)])
+        back = [g * weight for g, weight in zip(back, norms, strict=True)]
     back = [g if eps is None else _through_norm(x, g, eps) for x, g in zip((q, k), back, strict=True)]
-    return torch.cat((*back, g_v), -2).flatten(-2), of_gain
+    return torch.cat((*back, g_v), -2).flatten(-2), of_norms, of_gain
 
 
 def _relu2(a, b, h):
@@ -116,7 +119,9 @@ def test_same_as_the_plain_way(model, monkeypatch, compile):
     torch.testing.assert_close(fused_hidden, hidden, rtol=1e-4, atol=1e-5)
     assert fused_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            fused_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_same_as_the_plain_way(model, monkeypatch, compile):
         (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(1, 8), 1e-6)),
         (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(2, 8), None)),
         (mix.mix_backward, ([torch.ones(2, 3, 8)] * 2, torch.ones(1, 8), 1e-6, torch.ones(2, 3, 8), torch.ones(2, 3, 8), [None, torch.ones(2, 3, 8)])),
-        (rotate.heads_forward, (torch.ones(2, 3, 32), torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), torch.ones(2), 2, 1, 1e-6)),
+        (rotate.heads_forward, (torch.ones(2, 3, 32), torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), None, torch.ones(2), 2, 1, 1e-6)),
         (relu2.relu2_product, (torch.ones(4, 8), torch.ones(6, 8), None)),
     ],
 )

@@ -77,21 +77,20 @@ def test_mix(device, dtype, tolerance, width, n_terms, n_weights, eps):
 
 @PRECISIONS
 @pytest.mark.parametrize("gained", [True, False])
-@pytest.mark.parametrize("eps", [None, 1e-6])
+@pytest.mark.parametrize("norm", ["none", "plain", "learned"])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(4, 2, 8), (3, 3, 16), (8, 4, 64)])
-def test_rotated_heads(device, dtype, tolerance, gained, eps, n_heads, n_kv_heads, head_dim):
+def test_rotated_heads(device, dtype, tolerance, gained, norm, n_heads, n_kv_heads, head_dim):
     positions = torch.stack([torch.arange(11), torch.arange(11) % 4]).to(device)
     tables = rotary_tables(positions, head_dim, 100.0, dtype)
-    shape = (n_heads, n_kv_heads, eps)
+    shape = (n_heads, n_kv_heads, None if norm == "none" else 1e-6)
 
-    def fused(qkv, *gain):
-        return RotatedHeads.apply(qkv, *tables, *(gain or (None,)), *shape)
-
-    def plain(qkv, *gain):
-        return plain_rotated_heads(qkv, *tables, *(gain or (None,)), *shape)
+    def arguments(qkv, *rest):
+        norms, gain = rest[: norm == "learned"], rest[norm == "learned" :]
+        return (qkv, *tables, *(norms or (None,)), *(gain or (None,)), *shape)
 
     inputs = [rounded(2, 11, (n_heads + 2 * n_kv_heads) * head_dim, device=device)]
-    both(fused, plain, inputs + [rounded(n_heads, device=device)] * gained, dtype, tolerance)
+    inputs += [rounded(2, head_dim, device=device)] * (norm == "learned") + [rounded(n_heads, device=device)] * gained
+    both(lambda *x: RotatedHeads.apply(*arguments(*x)), lambda *x: plain_rotated_heads(*arguments(*x)), inputs, dtype, tolerance)
 
 
 def test_gradients_of_any_layout(device):
@@ -99,7 +98,7 @@ def test_gradients_of_any_layout(device):
     positions = torch.arange(8, device=device).expand(2, 8)
     tables = rotary_tables(positions, 16, 100.0, torch.float32)
     qkv = torch.randn(2, 8, 4 * 16, device=device, requires_grad=True)
-    heads = RotatedHeads.apply(qkv, *tables, None, 2, 1, 1e-6)
+    heads = RotatedHeads.apply(qkv, *tables, None, None, 2, 1, 1e-6)
     seeds = [torch.randn_like(each) for each in heads]
     (wanted,) = torch.autograd.grad(heads, qkv, seeds, retain_graph=True)
     (got,) = torch.autograd.grad(heads, qkv, [seed.transpose(1, 2).contiguous().transpose(1, 2) for seed in seeds])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanlm.batch import IGNORE
-from titanlm.losses.chunked import LossSums, loss_sums
+from titanlm.losses.chunked import LossSums, chunk_size, loss_sums
 from titanlm.losses.cross_entropy import CrossEntropy, CrossEntropyConfig
 from titanlm.models.layers import head as head_module
 from titanlm.models.layers.embedding import Embedding
@@ -294,3 +294,8 @@ def test_on_cuda_with_fused_kernels(name: str) -> None:
         torch.testing.assert_close(fused.loss.double(), exact.loss, rtol=tolerance, atol=0)
         for mine, theirs in zip(gradients_of(fused.loss, hidden, head), gradients_of(exact.loss, exact_hidden, exact_head), strict=True):
             assert (mine.double() - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_chunks_are_even_and_no_larger_than_asked() -> None:
+    assert [chunk_size(10, chunk) for chunk in (0, 1, 4, 5, 7, 10, 99)] == [10, 1, 4, 5, 5, 10, 10]
+    assert chunk_size(0, 0) == chunk_size(0, 7) == 1

@@ -51,7 +51,7 @@ def test_modules_are_those_of_the_run(pr369):
         "datasets.shard_sequence", "datasets.token_shards", "datasets.token_spans", "loggers.golf", "loggers.group", "loggers.jsonl", "loggers.text",
         "losses.chunked", "losses.cross_entropy", "models.golf", "models.layers", "models.layers.attention", "models.layers.bigram_hash",
         "models.layers.cache", "models.layers.compiled", "models.layers.embedding", "models.layers.feed_forward", "models.layers.head",
-        "models.layers.init", "models.layers.language_model", "models.layers.linear", "models.layers.norm", "models.layers.rope",
+        "models.layers.init", "models.layers.language_model", "models.layers.linear", "models.layers.norm", "models.layers.product", "models.layers.rope",
         "models.layers.rounding", "models.layers.smear_gate", "models.layers.softcap", "models.layers.unet_skips", "optimizers.adamw",
         "optimizers.muon", "optimizers.newton_schulz", "packers.boundaries", "packers.none", "packers.rows", "packers.sliding", "quantizers.gptq",
             "quantizers.int5",
@@ -68,7 +68,7 @@ def test_modules_are_those_of_the_run(pr369):
             "fitters", "guard", "interrupts", "interval", "loggers", "losses",
         "metrics", "models", "optimizers", "packers", "patterns", "precision", "profiling", "progress", "quantizers", "randomness", "registry", "resume",
         "run_start", "runs", "saver", "schedulers", "spikes", "state_tree", "stream", "submission", "targets", "tensor_file", "titanlm", "tokenizers",
-        "train", "train_module", "weights", "workers",
+        "train", "train_module", "tuned", "weights", "workers",
     }  # fmt: skip
 
 

@@ -19,6 +19,8 @@ KEPT: frozenset[Any] = frozenset(
         "mm",
         "addmm",
         "bmm",
+        "_scaled_mm",
+        "max",  # of FP8 operands: a number each, which takes a pass over memory to find again
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",

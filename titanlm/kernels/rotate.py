@@ -18,13 +18,15 @@ from titanlm.models.layers.rope import rotate
 
 
 def plain_rotated_heads(
-    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
+    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin in plain torch of ``RotatedHeads``."""
     q, k, v = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split([n_heads, n_kv_heads, n_kv_heads], -2)
     q, k = q.to(cos.dtype), k.to(cos.dtype)
     if eps is not None:
         q, k = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in (q, k))
+    if norms is not None:
+        q, k = q * norms[0], k * norms[1]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if gain is not None:
         q = q * gain[:, None]
@@ -37,24 +39,23 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return rotated(*arguments)
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from titanlm.kernels.rotate_triton import rotated_backward
 
     return rotated_backward(*arguments)
 
 
-def _shapes(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
-    *rows, width = qkv.shape
-    head_dim = width // (n_heads + 2 * n_kv_heads)
-    return qkv.new_empty(*rows, n_heads, head_dim), qkv.new_empty(*rows, n_kv_heads, head_dim)
+def _shapes(qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
+    head_dim = qkv.shape[-1] // (n_heads + 2 * n_kv_heads)
+    return qkv.new_empty(*qkv.shape[:-1], n_heads, head_dim), qkv.new_empty(*qkv.shape[:-1], n_kv_heads, head_dim)
 
 
-_ARGUMENTS = "Tensor qkv, Tensor cos, Tensor sin, Tensor? gain, int n_heads, int n_kv_heads, float? eps"
+_ARGUMENTS = "Tensor qkv, Tensor cos, Tensor sin, Tensor? norms, Tensor? gain, int n_heads, int n_kv_heads, float? eps"
 heads_forward = operator(f"rotated_heads({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _shapes)
 heads_backward = operator(
-    f"rotated_heads_backward(Tensor g_q, Tensor g_k, Tensor g_v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"rotated_heads_backward(Tensor g_q, Tensor g_k, Tensor g_v, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda g_q, g_k, g_v, qkv, cos, sin, gain, n_heads, *_: (torch.empty_like(qkv), cos.new_empty(n_heads)),
+    lambda g_q, g_k, g_v, qkv, cos, sin, norms, gain, n_heads, *_: (torch.empty_like(qkv), cos.new_empty(2, g_q.shape[-1]), cos.new_empty(n_heads)),
 )
 
 
@@ -62,22 +63,21 @@ class RotatedHeads(torch.autograd.Function):
     """(B, T, (H + 2K)·dh) → q (B, T, H, dh), k and v (B, T, K, dh); v is a view.
 
     ``cos`` and ``sin`` (B, T, 1, dh/2) fp32 as ``rotary_tables`` gives them,
-    ``gain`` (H,) fp32 of the queries or None, ``eps`` of the norm or None for no
-    norm. dh is a power of two.
+    ``norms`` (2, dh) fp32 the weights of the norms of queries and keys or None,
+    ``gain`` (H,) fp32 of the queries or None, ``eps`` of the norms or None for
+    no norms. dh is a power of two.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(qkv, cos, sin, *([] if gain is None else [gain]))
-        ctx.settings = n_heads, n_kv_heads, eps
-        q, k = heads_forward(qkv, cos, sin, gain, n_heads, n_kv_heads, eps)
-        return q, k, qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))[..., n_heads + n_kv_heads :, :]
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, *shape: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv, cos, sin, norms, gain)
+        ctx.shape = shape
+        q, k = heads_forward(qkv, cos, sin, norms, gain, *shape)
+        heads = shape[0] + shape[1]
+        return q, k, qkv.unflatten(-1, (heads + shape[1], -1))[..., heads:, :]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cos, sin, *gains = ctx.saved_tensors
-        gain = gains[0] if gains else None
-        of_qkv, of_gain = heads_backward(*gradients, qkv, cos, sin, gain, *ctx.settings)
-        return of_qkv, None, None, None if gain is None else of_gain, None, None, None
+        qkv, cos, sin, norms, gain = ctx.saved_tensors
+        of_qkv, of_norms, of_gain = heads_backward(*gradients, qkv, cos, sin, norms, gain, *ctx.shape)
+        return of_qkv, None, None, None if norms is None else of_norms, None if gain is None else of_gain, None, None, None

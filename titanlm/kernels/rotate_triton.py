@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ _ROWS = 8
 
 @jit
 def _rotated(
-    qkv, cos, sin, gain, q, k, n_rows, eps,
-    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
+    qkv, cos, sin, norms, gain, q, k, n_rows, eps,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, LEARNED: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     half = tl.arange(0, HALF)
@@ -30,6 +33,10 @@ def _rotated(
             scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)[:, None]
             x1 *= scale
             x2 *= scale
+        if LEARNED:
+            own = norms + half[None, :] if head < H else norms + 2 * HALF + half[None, :]
+            x1 *= tl.load(own)
+            x2 *= tl.load(own + HALF)
         y1 = x1 * c - x2 * s
         y2 = x2 * c + x1 * s
         if head < H and GAIN:
@@ -46,11 +53,13 @@ def _rotated(
 
 @jit
 def _rotated_backward(
-    qkv, cos, sin, gain, g_q, g_k, g_v, d_qkv, sums, n_rows, eps,
-    q_row, q_head, k_row, k_head, v_row, v_head, T,  q_batch, k_batch, v_batch,
-    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
+    qkv, cos, sin, norms, gain, g_q, g_k, g_v, d_qkv, norm_sums, gain_sums, n_rows, eps,
+    T, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, LEARNED: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0)
+    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     half = tl.arange(0, HALF)
     mask = (rows < n_rows)[:, None] & (half < HALF)[None, :]
     table = rows[:, None] * HALF + half[None, :]
@@ -60,68 +69,95 @@ def _rotated_backward(
     q_rows = (batch * q_batch + place * q_row)[:, None] + half[None, :]
     k_rows = (batch * k_batch + place * k_row)[:, None] + half[None, :]
     v_rows = (batch * v_batch + place * v_row)[:, None] + half[None, :]
-    for head in tl.static_range(H + K):
-        own = rows[:, None] * STRIDE + head * 2 * HALF + half[None, :]
-        x1 = tl.load(qkv + own, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(qkv + own + HALF, mask=mask, other=0.0).to(tl.float32)
-        if head < H:
-            gradient = g_q + q_rows + head * q_head
-        else:
-            gradient = g_k + k_rows + (head - H) * k_head
-        g1 = tl.load(gradient, mask=mask, other=0.0).to(tl.float32)
-        g2 = tl.load(gradient + HALF, mask=mask, other=0.0).to(tl.float32)
-        # Back by the angle, then through the norm.
-        u1 = g1 * c + g2 * s
-        u2 = g2 * c - g1 * s
-        if NORM:
-            scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)[:, None]
-            x1 *= scale
-            x2 *= scale
-        along = tl.sum(u1 * x1, 1) + tl.sum(u2 * x2, 1)
-        if head < H and GAIN:
-            tl.store(sums + tl.program_id(0) * H + head, tl.sum(along, 0))
-            factor = tl.load(gain + head)
-            u1 *= factor
-            u2 *= factor
-            along *= factor
-        if NORM:
-            along = (along / (2 * HALF))[:, None]
-            u1 = scale * (u1 - x1 * along)
-            u2 = scale * (u2 - x2 * along)
-        tl.store(d_qkv + own, u1.to(d_qkv.dtype.element_ty), mask=mask)
-        tl.store(d_qkv + own + HALF, u2.to(d_qkv.dtype.element_ty), mask=mask)
-    for head in tl.static_range(K):
-        own = rows[:, None] * STRIDE + (H + K + head) * 2 * HALF + half[None, :]
-        value = g_v + v_rows + head * v_head
+    for part in tl.static_range(2):
+        sum1 = tl.zeros((HALF,), tl.float32)
+        sum2 = tl.zeros((HALF,), tl.float32)
+        for index in tl.static_range(H if part == 0 else K):
+            head = index if part == 0 else H + index
+            own = rows[:, None] * STRIDE + head * 2 * HALF + half[None, :]
+            x1 = tl.load(qkv + own, mask=mask, other=0.0).to(tl.float32)
+            x2 = tl.load(qkv + own + HALF, mask=mask, other=0.0).to(tl.float32)
+            gradient = g_q + q_rows + index * q_head if part == 0 else g_k + k_rows + index * k_head
+            g1 = tl.load(gradient, mask=mask, other=0.0).to(tl.float32)
+            g2 = tl.load(gradient + HALF, mask=mask, other=0.0).to(tl.float32)
+            # Back by the angle, then through gain, weight and norm.
+            u1 = g1 * c + g2 * s
+            u2 = g2 * c - g1 * s
+            if NORM:
+                scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + eps)[:, None]
+                x1 *= scale
+                x2 *= scale
+            if LEARNED:
+                w1 = tl.load(norms + part * 2 * HALF + half)[None, :]
+                w2 = tl.load(norms + part * 2 * HALF + HALF + half)[None, :]
+            if GAIN and part == 0:
+                along = tl.sum(u1 * x1 * w1 + u2 * x2 * w2 if LEARNED else u1 * x1 + u2 * x2, 1)
+                tl.store(gain_sums + program * H + index, tl.sum(along, 0))
+                factor = tl.load(gain + index)
+                u1 *= factor
+                u2 *= factor
+            if LEARNED:
+                sum1 += tl.sum(u1 * x1, 0)
+                sum2 += tl.sum(u2 * x2, 0)
+                u1 *= w1
+                u2 *= w2
+            if NORM:
+                mean = (tl.sum(u1 * x1 + u2 * x2, 1) / (2 * HALF))[:, None]
+                u1 = scale * (u1 - x1 * mean)
+                u2 = scale * (u2 - x2 * mean)
+            tl.store(d_qkv + own, u1.to(d_qkv.dtype.element_ty), mask=mask)
+            tl.store(d_qkv + own + HALF, u2.to(d_qkv.dtype.element_ty), mask=mask)
+        if LEARNED:
+            tl.store(norm_sums + (program * 2 + part) * 2 * HALF + half, sum1)
+            tl.store(norm_sums + (program * 2 + part) * 2 * HALF + HALF + half, sum2)
+    for index in tl.static_range(K):
+        own = rows[:, None] * STRIDE + (H + K + index) * 2 * HALF + half[None, :]
+        value = g_v + v_rows + index * v_head
         tl.store(d_qkv + own, tl.load(value, mask=mask, other=0.0), mask=mask)
         tl.store(d_qkv + own + HALF, tl.load(value + HALF, mask=mask, other=0.0), mask=mask)
 
 
-def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> tuple[Tensor, Tensor]:
-    *rows, stride = qkv.shape
-    head_dim = stride // (n_heads + 2 * n_kv_heads)
-    n_rows = qkv.numel() // stride
-    q = qkv.new_empty(*rows, n_heads, head_dim)
-    k = qkv.new_empty(*rows, n_kv_heads, head_dim)
-    _rotated[(triton.cdiv(n_rows, _ROWS),)](
-        qkv, cos, sin, qkv if gain is None else gain, q, k, n_rows, eps or 0.0,
-        STRIDE=stride, H=n_heads, K=n_kv_heads, HALF=head_dim // 2, NORM=eps is not None, GAIN=gain is not None, ROWS=_ROWS, num_warps=1,
-    )  # fmt: skip
+def _shape(qkv: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> dict[str, Any]:
+    width = qkv.shape[-1]
+    half = width // (n_heads + 2 * n_kv_heads) // 2
+    flags = {"NORM": eps is not None, "LEARNED": norms is not None, "GAIN": gain is not None}
+    return {"STRIDE": width, "H": n_heads, "K": n_kv_heads, "HALF": half, **flags, "ROWS": _ROWS, "num_warps": 1}
+
+
+def rotated(
+    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """q and k of ``RotatedHeads``."""
+    shape = _shape(qkv, norms, gain, n_heads, n_kv_heads, eps)
+    q, k = (qkv.new_empty(*qkv.shape[:-1], heads, 2 * shape["HALF"]) for heads in (n_heads, n_kv_heads))
+    n_rows = qkv.numel() // qkv.shape[-1]
+    _rotated[(triton.cdiv(n_rows, _ROWS),)](qkv, cos, sin, cos if norms is None else norms, cos if gain is None else gain, q, k, n_rows, eps or 0.0, **shape)
     return q, k
 
 
 def rotated_backward(
-    g_q: Tensor, g_k: Tensor, g_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
-) -> tuple[Tensor, Tensor]:
-    stride = qkv.shape[-1]
-    n_rows = qkv.numel() // stride
+    g_q: Tensor,
+    g_k: Tensor,
+    g_v: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norms: Tensor | None,
+    gain: Tensor | None,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, norms and gain; those of what is None are zeros, or empty. Those that come in may have any strides but for the last dimension."""
+    shape = _shape(qkv, norms, gain, n_heads, n_kv_heads, eps)
+    n_rows = qkv.numel() // qkv.shape[-1]
     programs = triton.cdiv(n_rows, _ROWS)
     d_qkv = torch.empty_like(qkv)
-    sums = torch.empty(programs if gain is not None else 0, n_heads, device=qkv.device, dtype=torch.float32)
+    norm_sums = cos.new_empty(0 if norms is None else programs, 2, 2 * shape["HALF"])
+    gain_sums = cos.new_empty(0 if gain is None else programs, n_heads)
+    strides = (stride for gradient in (g_q, g_k, g_v) for stride in gradient.stride()[:3])
     _rotated_backward[(programs,)](
-        qkv, cos, sin, qkv if gain is None else gain, g_q, g_k, g_v, d_qkv, sums, n_rows, eps or 0.0,
-        g_q.stride(1), g_q.stride(2), g_k.stride(1), g_k.stride(2), g_v.stride(1), g_v.stride(2), qkv.shape[1], g_q.stride(0), g_k.stride(0), g_v.stride(0),
-        STRIDE=stride, H=n_heads, K=n_kv_heads, HALF=stride // (n_heads + 2 * n_kv_heads) // 2,
-        NORM=eps is not None, GAIN=gain is not None, ROWS=_ROWS, num_warps=1,
+        qkv, cos, sin, cos if norms is None else norms, cos if gain is None else gain, g_q, g_k, g_v, d_qkv, norm_sums, gain_sums, n_rows, eps or 0.0,
+        qkv.shape[1], *strides, **shape,
     )  # fmt: skip
-    return d_qkv, sums.sum(0)
+    return d_qkv, norm_sums.sum(0), gain_sums.sum(0)

@@ -211,7 +211,10 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunks(chunk_tokens: int, *arrays: Tensor) -> list[tuple[Tensor, ...]]:
-    """Even parts of at most ``chunk_tokens`` tokens: a short rest would be slow, and compile once more."""
-    n_tokens = len(arrays[0])
-    size = max(1, -(-n_tokens // max(1, -(-n_tokens // chunk_tokens))))
+    size = chunk_size(len(arrays[0]), chunk_tokens)
     return list(zip(*(array.split(size) for array in arrays), strict=True))
+
+
+def chunk_size(n_tokens: int, chunk_tokens: int) -> int:
+    """Tokens of a chunk: even parts of at most ``chunk_tokens``, 0 for all. A short rest would be slow, and compile once more."""
+    return max(1, -(-n_tokens // max(1, -(-n_tokens // (chunk_tokens or max(1, n_tokens))))))

@@ -33,6 +33,7 @@ from titanlm.kernels.rotate import RotatedHeads
 from titanlm.models.layers.compiled import compiled
 from titanlm.models.layers.linear import Linear
 from titanlm.models.layers.norm import RMSNorm
+from titanlm.models.layers.product import Product, shared_product
 from titanlm.models.layers.rope import rotate
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
-        self.fuses = qk_norm != "learned" and head_dim & (head_dim - 1) == 0
+        self.fuses = head_dim & (head_dim - 1) == 0  # what the kernel's tiles can be
         self.backend = backend
         self.exclusive = exclusive
         self.q_proj = Linear(d_model, n_heads * head_dim)
@@ -97,7 +98,8 @@ class Attention(nn.Module):
         ``past`` is this layer's cache, the positions (B, T) of ``x`` and the
         number of slots in use, for decoding.
         """
-        q, k, v = self._fused_heads(x, rotary) if past is None and self.fuses and fused(x) else self._heads(x, rotary)
+        product = shared_product(self.q_proj, self.k_proj, self.v_proj) if past is None and self.fuses and fused(x) else None
+        q, k, v = self._heads(x, rotary) if product is None else self._fused_heads(x, rotary, product)
         own = v
         if past is not None:
             cache, positions, used = past
@@ -119,11 +121,12 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         return (q if self.q_gain is None else q * self.q_gain[:, None].to(q.dtype)), k, v
 
-    def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], product: Product) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all three, one kernel for what follows; as ``_heads`` but for rounding."""
-        qkv = F.linear(x, torch.cat([each.used_weight(x.dtype) for each in (self.q_proj, self.k_proj, self.v_proj)]))
+        qkv = product(x, torch.cat([each.used_weight(x.dtype) for each in (self.q_proj, self.k_proj, self.v_proj)]))
+        weights = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None and norm.weight is not None]
         eps = None if self.q_norm is None else self.q_norm.eps
-        q, k, v = RotatedHeads.apply(qkv, *rotary, self.q_gain, self.n_heads, self.n_kv_heads, eps)
+        q, k, v = RotatedHeads.apply(qkv, *rotary, torch.stack(weights) if weights else None, self.q_gain, self.n_heads, self.n_kv_heads, eps)
         return q, k, v
 
 

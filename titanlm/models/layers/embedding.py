@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanlm.models.layers.product import product_of
 from titanlm.models.layers.rounding import in_use
 
 
@@ -17,6 +20,7 @@ class Embedding(nn.Module):
     """
 
     rounds = ("weight", "projection")
+    multiplies: ClassVar = {"projection": 1}
 
     def __init__(self, vocab_size: int, d_model: int, rank: int | None = None) -> None:
         super().__init__()
@@ -27,8 +31,12 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) ids → (B, T, D)."""
         x = F.embedding(tokens, in_use(self, "weight")).to(self.compute_dtype)
-        return x if self.projection is None else x @ in_use(self, "projection").to(x.dtype)
+        return x if self.projection is None else product_of(self, "projection", _by_rows)(x, in_use(self, "projection").to(x.dtype).T)
 
     def extra_repr(self) -> str:
         rank = "" if self.projection is None else f"rank={self.weight.shape[1]}, "
         return f"{self.weight.shape[0]}, {rank}compute_dtype={self.compute_dtype}"
+
+
+def _by_rows(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.T

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from titanlm.kernels.fused import fused
 from titanlm.kernels.relu2 import Relu2Network
 from titanlm.models.layers.linear import Linear
+from titanlm.models.layers.product import shared_product
 
 Activation: TypeAlias = Literal["swiglu", "relu2"]
 
@@ -34,7 +35,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None and fused(x):
+        if self.gate_proj is None and fused(x) and shared_product(self.up_proj, self.down_proj) is F.linear:
             network: Tensor = Relu2Network.apply(x.flatten(0, -2), self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype))
             return network.view(x.shape)
         up = self.up_proj(x)

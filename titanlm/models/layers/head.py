@@ -15,13 +15,14 @@ the same memory is used in place, padding included.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.models.layers.embedding import Embedding
+from titanlm.models.layers.product import Product, product_of
 from titanlm.models.layers.rounding import in_use, is_rounding
 from titanlm.models.layers.softcap import Softcap
 
@@ -30,23 +31,35 @@ _ROW_BYTES = 16
 
 class _AlignedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product, multiple: int) -> Tensor:
         n, width = len(x), len(weight)
-        padded = F.pad(weight, (0, 0, 0, -width % (_ROW_BYTES // x.element_size())))
-        ctx.rows = x @ padded.T
-        ctx.save_for_backward(x, padded)
+        padding = -width % multiple
+        ctx.x, ctx.weight = x.detach(), F.pad(weight.detach(), (0, 0, 0, padding)) if padding else weight.detach()
+        for operand, needed in zip((ctx.x, ctx.weight), ctx.needs_input_grad[:2], strict=True):
+            operand.requires_grad_(needed)
+        # A graph of its own, whose result nobody else sees: that its memory is written to is not held against it.
+        with torch.enable_grad():
+            ctx.rows = product(ctx.x, ctx.weight)
         # The same memory, but no slice of it: autograd would not let the loss overwrite a view.
-        return x.new_empty(0).set_(ctx.rows.untyped_storage(), 0, (n, width), (len(padded), 1))
+        return x.new_empty(0).set_(ctx.rows.untyped_storage(), 0, (n, width), (width + padding, 1))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, padded = ctx.saved_tensors
-        (gradient,) = gradients
-        width = gradient.shape[1]
-        in_place = gradient.data_ptr() == ctx.rows.data_ptr() and gradient.stride() == ctx.rows.stride()
-        rows = ctx.rows if in_place else F.pad(gradient, (0, len(padded) - width))
-        for_x, for_weight = ctx.needs_input_grad
-        return rows @ padded if for_x else None, (rows.T @ x)[:width] if for_weight else None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), rows = gradients, ctx.rows.detach()
+        width, operands = gradient.shape[1], (ctx.x, ctx.weight)
+        if gradient.data_ptr() == rows.data_ptr() and gradient.stride() == rows.stride():
+            gradient = rows  # in place, padding included
+        elif padding := len(ctx.weight) - width:
+            gradient = F.pad(gradient, (0, padding))
+        found = iter(torch.autograd.grad(ctx.rows, [operand for operand in operands if operand.requires_grad], gradient))
+        for_x, for_weight = (next(found) if operand.requires_grad else None for operand in operands)
+        return for_x, None if for_weight is None else for_weight[:width], None, None
+
+
+def aligned_product(x: Tensor, weight: Tensor, product: Product, multiple: int) -> Tensor:
+    """The first V columns of ``product`` of (..., D) and (V, D), V padded to a ``multiple`` by zeros; they may be overwritten before the backward pass."""
+    y: Tensor = _AlignedProduct.apply(x.reshape(-1, x.shape[-1]), weight, product, multiple)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def needs_alignment(x: Tensor, weight: Tensor) -> bool:
@@ -58,14 +71,14 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     """(..., D) times the transpose of (V, D); not contiguous on CUDA where V has to be padded."""
     if not needs_alignment(x, weight):
         return F.linear(x, weight)
-    product: Tensor = _AlignedProduct.apply(x.reshape(-1, x.shape[-1]), weight)
-    return product if x.ndim == 2 else product.view(*x.shape[:-1], -1)
+    return aligned_product(x, weight, F.linear, _ROW_BYTES // x.element_size())
 
 
 class Head(nn.Module):
     """``h Wᵀ``, or ``(h Pᵀ) Eᵀ`` when tied to a factorised embedding, then the softcap if there is one."""
 
     rounds = ("weight", "projection")
+    multiplies: ClassVar = {"weight": 0, "projection": 0}
 
     def __init__(self, vocab_size: int, d_model: int, *, tied_to: Embedding | None = None, softcap: float | None = None) -> None:
         super().__init__()
@@ -90,8 +103,8 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) → (..., V), in the dtype of ``hidden``."""
         if self.projection is not None:
-            hidden = F.linear(hidden, in_use(self, "projection").to(hidden.dtype))
-        logits = project(hidden, in_use(self, "weight").to(hidden.dtype))
+            hidden = product_of(self, "projection")(hidden, in_use(self, "projection").to(hidden.dtype))
+        logits = product_of(self, "weight", project)(hidden, in_use(self, "weight").to(hidden.dtype))
         return logits if self.softcap is None else self.softcap(logits)
 
     # The owner saves and loads what is shared.

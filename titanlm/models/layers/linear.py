@@ -7,10 +7,12 @@ autocast context decides behind one's back.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanlm.models.layers.product import product_of
 from titanlm.models.layers.rounding import in_use
 
 
@@ -21,6 +23,7 @@ class Linear(nn.Module):
     """
 
     rounds = ("weight",)
+    multiplies: ClassVar = {"weight": 0}
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) → (..., n_out), in the dtype of ``x``."""
-        return F.linear(x, self.used_weight(x.dtype))
+        return product_of(self, "weight")(x, self.used_weight(x.dtype))
 
     def used_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as the product uses it, (n_out, n_in): for who computes the product himself."""

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def in_use(module: nn.Module, name: str) -> Tensor:
@@ -76,7 +78,7 @@ def round_in_training(model: nn.Module, params: Sequence[str], round_trip: Calla
     problems = [f"{name}: the model has no such parameter" for name in params if name not in names.values()]
     for module in model.modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter in names and own in _rounds(module):
+            if parameter in names and own in declared(module, "rounds", ()):
                 holders.append((module, own))
             elif parameter in names:
                 problems.append(
@@ -90,8 +92,8 @@ def round_in_training(model: nn.Module, params: Sequence[str], round_trip: Calla
         module.qat = False
 
 
-def _rounds(module: nn.Module) -> tuple[str, ...]:
-    """What the class whose ``forward`` runs says that it rounds: a subclass with a forward pass of its own has to say so itself."""
+def declared(module: nn.Module, attribute: str, default: T) -> T:
+    """What the class whose ``forward`` runs says in this attribute: a subclass with a forward pass of its own has to say so itself."""
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    names: tuple[str, ...] = vars(owner).get("rounds", ())
-    return names
+    said: T = vars(owner).get(attribute, default)
+    return said

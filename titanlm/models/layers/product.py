@@ -1,0 +1,82 @@
+"""How a module multiplies by its matrices: where a product in fewer bits takes the place of the plain one.
+
+A module asks for the product it is to use, ``product_of(self, "weight")(x, weight)``,
+and says in a class attribute beside ``forward`` by which parameters it
+multiplies: ``multiplies = {"weight": 0}``, the number being the dimension of
+the parameter that makes outputs. A quantizer such as ``float8`` then sets the
+products of single modules (:func:`compute_with`). Classes, names and weights
+stay as they are, so checkpoints and artifacts do not know of it, and weights
+that are rounded (``rounding.in_use``) are rounded before they are multiplied.
+
+The alternative, as torchao and others have it, is to exchange the modules for
+others. Every model would have to be built of modules that can be exchanged, and
+whoever holds one by its class, such as the head, would lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titanlm.models.layers.rounding import declared
+
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(..., n_in) and (n_out, n_in), of one dtype → (..., n_out) in that dtype: x Wᵀ, differentiable in both."""
+
+
+def product_of(module: nn.Module, name: str, default: Product = F.linear) -> Product:
+    """What the module is to multiply by this parameter with."""
+    product: Product | None = getattr(module, "products", {}).get(name)
+    return default if product is None else product
+
+
+def shared_product(*modules: nn.Module) -> Product | None:
+    """What all of these multiply by their ``weight`` with, or None where they differ: who joins their matrices needs one."""
+    first = product_of(modules[0], "weight")
+    return first if all(product_of(module, "weight") is first for module in modules[1:]) else None
+
+
+class Multiplier(NamedTuple):
+    """A module that multiplies by a parameter."""
+
+    name: str
+    """The parameter's, in the model."""
+    module: nn.Module
+    own: str
+    """The module's name for it."""
+    n_in: int
+    n_out: int
+
+
+def multipliers(model: nn.Module, params: Sequence[str]) -> list[Multiplier]:
+    """Who multiplies by the named parameters, in the order of the modules.
+
+    A tied parameter may have several holders, of which one at least has to
+    multiply: an embedding looks up what the head multiplies by. Raises
+    ValueError naming the parameters by which nobody does.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters() if name in set(params)}
+    found: list[Multiplier] = []
+    holders = dict.fromkeys(params, "the model has no such parameter")
+    for module in model.modules():
+        dimensions: dict[str, int] = declared(module, "multiplies", {})
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter not in names:
+                continue
+            holders[names[parameter]] = f"{type(module).__name__} does not multiply by its {own} through titanlm.models.layers.product.product_of"
+            if own in dimensions:
+                n_out, n_in = parameter.shape if dimensions[own] == 0 else parameter.shape[::-1]
+                found.append(Multiplier(names[parameter], module, own, n_in, n_out))
+    able = {each.name for each in found}
+    if missing := [name for name in params if name not in able]:
+        raise ValueError("\n".join(f"{name}: {holders[name]}; leave it out of the quantizer's `params`" for name in missing))
+    return found
+
+
+def compute_with(multiplier: Multiplier, product: Product) -> None:
+    """Let the module use this product from now on; code compiled before is compiled again."""
+    module = multiplier.module
+    module.products = {**getattr(module, "products", {}), multiplier.own: product}  # type: ignore[assignment]
