@@ -20,5 +20,5 @@ def test_it_prints_a_line_for_each_number_of_steps() -> None:
     assert first.startswith("12 matrices, 4,608 parameters, width 16, ns_dtype bf16, ")  # 2 · (2 + 1 + 6) · 16²
     assert [line.split()[0] for line in lines] == ["1", "5"]
     for line in lines:
-        _, ours, _, torchs, _, ratio, _ = line.split()
+        _, ours, _, _, _, torchs, _, ratio, _ = line.split()
         assert abs(float(ours) / float(torchs) - float(ratio)) < 0.05 * float(ratio) + 0.01

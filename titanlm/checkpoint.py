@@ -480,7 +480,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) 
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], state: dict[str, Any]) -> None:
-    """Load what ``optimizer_state`` gave; Stored values of a parameter's shape are laid out as the parameter is.
+    """Load what ``optimizer_state`` gave; Stored values are laid out as those that the optimizer has, or else as the parameter is.
 
     Raises CheckpointError when the state is of other parameters or groups.
     """
@@ -490,8 +490,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     if unknown or len(state["groups"]) != len(optimizer.param_groups):
         what = f"of {', '.join(unknown)}" if unknown else f"in {len(state['groups'])} groups"
         raise CheckpointError(f"optimizer state {what} does not belong to this optimizer; did `params` patterns change?")
+    own = {parameter: optimizer.state.get(parameter, {}) for parameter in owned}
     values = {
-        parameter: {key: value.like(parameter) if isinstance(value, Stored) else value for key, value in saved[names[parameter]].items()}
+        parameter: {
+            key: value.like(own[parameter].get(key, parameter)) if isinstance(value, Stored) else value for key, value in saved[names[parameter]].items()
+        }
         for parameter in owned
         if names[parameter] in saved
     }
@@ -501,8 +504,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     # Through load_state_dict, which puts each value where the optimizer wants it (fused Adam: steps on the device).
     numbered = {index: values[parameter] for index, parameter in enumerate(owned) if parameter in values}
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
-    for parameter, own in values.items():
-        for key, value in own.items():
+    for parameter, loaded in values.items():
+        for key, value in loaded.items():
             # It also casts to the parameter's dtype, which would ruin integers and 8-bit moments.
             if isinstance(value, Tensor) and optimizer.state[parameter][key].dtype != value.dtype:
                 optimizer.state[parameter][key] = value.to(optimizer.state[parameter][key].device)

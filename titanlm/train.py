@@ -40,7 +40,7 @@ from titanlm.data import DataEnded, Loader, StepData, merge_states
 from titanlm.data_state import start_state
 from titanlm.device import choose_device
 from titanlm.distributed import activation_checkpointing
-from titanlm.distributed.compile import compile_module
+from titanlm.distributed.compile import compile_kernels, compile_module
 from titanlm.distributed.process_group import connected
 from titanlm.distributed.strategy import build_strategy
 from titanlm.distributed.watchdog import Watchdog
@@ -190,6 +190,7 @@ class Trainer:
             entry.build(named_params=[NamedParam(name, parameters[name], roles[name]) for name in names])
             for entry, names in zip(config.optimizer, optimizer_claims(config, model).claimed, strict=True)
         ]
+        compile_kernels(self.optimizers, self.compiled)
         run = {"total_steps": train.steps, "horizon": self.horizon}
         self.schedulers = [{name: one.build(**run) for name, one in schedules_of(config, entry).items()} for entry in config.optimizer]
         for optimizer, schedulers in zip(self.optimizers, self.schedulers, strict=True):

@@ -96,6 +96,22 @@ with ranks():
     zygote.run(code, ranks=ranks, env=ALONE if ranks == 1 else None).expect(0, timeout_s=40)
 
 
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("replicate", marks=pytest.mark.slow)])
+def test_compiled_equals_one_process(zygote: Any, how: str) -> None:
+    """With ranks that have nothing of a bank."""
+    code = f"""{RANK}
+SHAPES[:] = [(6, 8), (6, 8), (1, 7)]
+model = Matrices()
+alone = train(model, optimizer_of(model, **SETTINGS[1]), range(3))
+with ranks():
+    model = spread(Matrices(), {how!r})
+    optimizer = optimizer_of(model, **SETTINGS[1])
+    optimizer.compile_kernels = True
+    close(train(model, optimizer, range(3)), alone)
+"""
+    zygote.run(code, ranks=2).expect(0, timeout_s=120)
+
+
 @pytest.mark.parametrize("how", ["fsdp2", "replicate"])
 def test_no_rank_orthogonalises_more_than_its_share(zygote: Any, how: str) -> None:
     """Of banks of 4, 2, 3, 1 and 1 matrices on two ranks: 2 + 1 + 2 + 1 + 1 at most, and each matrix once."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from titanlm import checkpoint
 from titanlm.config import dump, load, loads
@@ -133,6 +134,51 @@ def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
         build([(3, 3), shape])
 
 
+def test_bf16_momentum_is_rounded_once_a_step() -> None:
+    """Against a loop in fp32 that rounds what it keeps; the direction is made of what was not rounded yet."""
+    parameters, optimizer = build([(6, 4)] * 2, momentum=0.9, momentum_dtype="bf16")
+    twins, reference = build([(6, 4)] * 2, momentum=0.9)
+    steps = gradients(parameters, 4)
+    kept = [torch.zeros(6, 4) for _ in parameters]
+    for values in steps:
+        for twin, buffer in zip(twins, kept, strict=True):
+            reference.state[twin]["momentum_buffer"] = buffer.clone()
+        run(parameters, optimizer, [values])
+        run(twins, reference, [values])
+        kept = [(0.9 * buffer.double() + value.double()).float().bfloat16().float() for buffer, value in zip(kept, values, strict=True)]
+        for p, twin, buffer in zip(parameters, twins, kept, strict=True):
+            torch.testing.assert_close(optimizer.state[p]["momentum_buffer"].float(), buffer, rtol=2**-8, atol=0)
+            torch.testing.assert_close(p, twin, rtol=0, atol=2e-3)
+    state = [optimizer.state[p]["momentum_buffer"] for p in parameters]
+    assert [(t.dtype, t.nbytes) for t in state] == [(torch.bfloat16, 48)] * 2
+
+
+# ---------------------------------------------------------------- compiled
+@pytest.mark.parametrize("settings", [{"normalise": "rows"}, {"nesterov": False, "momentum_dtype": "bf16"}])
+def test_compiled_equals_eager_and_no_schedule_compiles_again(settings: dict[str, Any]) -> None:
+    """Two graphs, before and after Newton-Schulz, for each of three banks; other rates, decays and momenta make no more."""
+    shapes = [(6, 8)] * 3 + [(8, 6)] * 2 + [(6, 6)]
+    parameters, optimizer = build(shapes, weight_decay=0.1, **settings)
+    twins, reference = build(shapes, weight_decay=0.1, **settings)
+    optimizer.compile_kernels, optimizer.found_inf, reference.found_inf = True, torch.zeros(()), torch.zeros(())
+    torch._dynamo.reset()
+    counters.clear()
+    for step, values in enumerate(gradients(parameters, 20)):
+        for each in (optimizer, reference):
+            each.param_groups[0].update(lr=0.02 * (1 - step / 30), weight_decay=0.1 * (1 - step / 40), momentum=0.85 + step / 200)
+        got, expected = run(parameters, optimizer, [values]), run(twins, reference, [values])
+    assert counters["stats"]["unique_graphs"] == 6
+    tolerance = 2e-3 if "momentum_dtype" in settings else 1e-5
+    for a, b, p, twin in zip(got, expected, parameters, twins, strict=True):
+        assert (a - b).norm() < tolerance * b.norm()
+        assert optimizer.state[p]["momentum_buffer"].dtype == reference.state[twin]["momentum_buffer"].dtype
+    optimizer.found_inf.fill_(1.0)
+    before = [t.detach().clone().view(torch.uint8) for p in parameters for t in (p, optimizer.state[p]["momentum_buffer"])]
+    run(parameters, optimizer, [[torch.full_like(p, float("nan")) for p in parameters]])
+    after = [t.detach().view(torch.uint8) for p in parameters for t in (p, optimizer.state[p]["momentum_buffer"])]
+    assert all(map(torch.equal, after, before))
+
+
 # ---------------------------------------------------------------- the flag
 def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(torch.int32).clone()
@@ -179,9 +225,10 @@ def test_the_guard_lets_the_device_decide() -> None:
 
 
 # ---------------------------------------------------------------- state
-def test_restored_and_gone_on_equals_gone_on() -> None:
-    """Through the state of a checkpoint, under parameter names, and through torch's own."""
-    parameters, optimizer = build(weight_decay=0.1)
+@pytest.mark.parametrize("momentum_dtype", ["fp32", "bf16"])
+def test_restored_and_gone_on_equals_gone_on(momentum_dtype: str) -> None:
+    """Through the state of a checkpoint, under parameter names, and through torch's own, which makes all state fp32."""
+    parameters, optimizer = build(weight_decay=0.1, momentum_dtype=momentum_dtype)
     steps = gradients(parameters, 6)
     run(parameters, optimizer, steps[:3])
     middle = [p.detach().clone() for p in parameters]
@@ -193,8 +240,8 @@ def test_restored_and_gone_on_equals_gone_on() -> None:
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     expected = run(parameters, optimizer, steps[3:])
-    for how in ("checkpoint", "torch"):
-        again, restored = build(weight_decay=0.1)
+    for how in ("checkpoint", "torch") if momentum_dtype == "fp32" else ("checkpoint",):
+        again, restored = build(weight_decay=0.1, momentum_dtype=momentum_dtype)
         for p, value in zip(again, middle, strict=True):
             p.data.copy_(value)
         if how == "checkpoint":
@@ -226,12 +273,17 @@ weight_decay_schedule = {ramp}
 
 # ---------------------------------------------------------------- on a GPU
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_gpu_and_equals_the_cpu() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_never_waits_for_the_gpu_and_equals_the_cpu(compiled: bool) -> None:
     settings = {"weight_decay": 0.1, "normalise": "rows", "coefficients": "polar_express"}
     parameters, optimizer = build(**settings)
     theirs, on_gpu = build(device="cuda", **settings)
-    on_gpu.found_inf = torch.zeros((), device="cuda")
+    on_gpu.found_inf, on_gpu.compile_kernels = torch.zeros((), device="cuda"), compiled
     steps = gradients(parameters, 3)
+    if compiled:
+        on_gpu.found_inf.fill_(1.0)
+        run(theirs, on_gpu, [[torch.zeros_like(p) for p in theirs]])
+        on_gpu.found_inf.fill_(0.0)
     expected = run(parameters, optimizer, steps)
     for values in steps:
         for p, value in zip(theirs, values, strict=True):

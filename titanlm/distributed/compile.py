@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,12 @@ def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Lite
         for block in module.model.blocks:
             # Its forward, not the block: what gathers and frees sharded parameters are hooks around that, and stays outside the graph.
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    for each in module.modules():
-        if hasattr(each, "compile_kernels"):
-            each.compile_kernels = True
+    compile_kernels(module.modules(), mode)
     return mode
+
+
+def compile_kernels(parts: Iterable[Any], mode: Literal["none", "block", "model"]) -> None:
+    """In a run that compiles, let those that have kernels of their own, modules and optimizers, compile them."""
+    for part in parts:
+        if hasattr(part, "compile_kernels"):
+            part.compile_kernels = mode != "none"

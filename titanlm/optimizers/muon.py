@@ -24,6 +24,12 @@ shapes alone; a parameter must have a gradient on all ranks or on none.
 A step with a non-finite gradient is kept out without asking the device: under
 the flag gradients become −0.0, factors 1 and the update +0.0, and x·1 + (−0.0)
 and x − (+0.0) are x to the bit, for zeros of either sign too.
+
+Where the run is compiled, what lies before and what lies after Newton-Schulz is
+one graph each for every bank shape. They read and write what they must once,
+where the eager path goes over a bank some ten times, and sums are rounded the
+same or better. Newton-Schulz itself is matrix products, which a compiler leaves
+as they are, and stays outside, where ranks can exchange what they need.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titanlm.constraints import Decay, NonNegativeFloat, PositiveFew, PositiveFloat
+from titanlm.optimizers.compiled import compiled, scalar
 from titanlm.optimizers.newton_schulz import Coefficients, newton_schulz
 from titanlm.patterns import NamedParam
 from titanlm.registry import Component, Slot, register
@@ -73,16 +80,18 @@ class MuonConfig:
     """`rows`: each row of an update is divided by its L2 norm before Newton-Schulz (MuonEq-R)."""
     ns_dtype: Literal["bf16", "fp32"] = "bf16"
     """Of Newton-Schulz and of what ranks exchange; on a CPU without bf16 instructions fp32 is many times faster."""
+    momentum_dtype: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` halves the state; a step adds the gradient in fp32, and rounds what it keeps to the nearest."""
 
 
 class Muon(torch.optim.Optimizer):
-    """``muon``, which see. Parameters, gradients and ``momentum_buffer`` have one dtype (fp32 masters).
+    """``muon``, which see. Parameters and gradients have one dtype (fp32 masters), and ``momentum_buffer`` the same or bf16.
 
     ``lr``, ``momentum`` and ``weight_decay`` are read from the groups at every
     step; the rest is fixed. ``found_inf``, a 0-d float tensor beside the
     parameters, turns a step into no step where it is 1, as in torch's fused
     optimizers; ``grad_scale`` is not looked at. Parameters without a gradient
-    are passed over.
+    are passed over. ``compile_kernels`` is set by the trainer.
     """
 
     _step_supports_amp_scaling = True  # by this and "fused" FiniteGuard knows that found_inf is heeded
@@ -90,7 +99,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, config: MuonConfig, parameters: list[torch.nn.Parameter]) -> None:
         defaults = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay, "fused": True}
         super().__init__(parameters, defaults)
-        self.config = config
+        self.config, self.compile_kernels = config, False
         steps, coefficients = config.ns_steps, config.coefficients
         self.orthogonalise: Callable[[Tensor], Tensor] = partial(newton_schulz, steps=steps, coefficients=coefficients)
 
@@ -109,29 +118,41 @@ class Muon(torch.optim.Optimizer):
     def _update(self, members: list[Tensor], bad: Tensor | None, lr: float, momentum: float, weight_decay: float) -> None:
         for parameter in members:
             if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                dtype = torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.dtype
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
         parameters = [_local(parameter) for parameter in members]
+        gradients = [_local(parameter.grad) for parameter in members]
         buffers = [_local(self.state[parameter]["momentum_buffer"]) for parameter in members]
-        update = torch.stack([_local(parameter.grad) for parameter in members])
+        rows, columns = members[0].shape
+        decay, step_size = 1.0 - lr * weight_decay, lr * math.sqrt(max(1.0, rows / columns))
+        if self.compile_kernels:
+            how = (self.config.nesterov, self.config.normalise == "rows", DTYPES[self.config.ns_dtype])
+            bank = compiled(look_ahead)(gradients, buffers, scalar(momentum), bad, *how)
+            bank = self._orthogonal(bank, members[0])
+            compiled(apply)([parameter.detach() for parameter in parameters], bank, scalar(decay), scalar(step_size), bad)
+            return
+        update = torch.stack(gradients)
         if bad is not None:
             update.masked_fill_(bad, -0.0)
 
         def unless_bad(factor: float) -> float | Tensor:
             return factor if bad is None else torch.full_like(bad, factor, dtype=update.dtype).masked_fill_(bad, 1.0)
 
-        torch._foreach_mul_(buffers, unless_bad(momentum))
-        torch._foreach_add_(buffers, update.unbind())
-        look_ahead = torch.stack(buffers)
-        update = update.add_(look_ahead, alpha=momentum) if self.config.nesterov else look_ahead
+        moved = [buffer.to(update.dtype) for buffer in buffers]  # themselves, where they are of this dtype
+        torch._foreach_mul_(moved, unless_bad(momentum))
+        torch._foreach_add_(moved, update.unbind())
+        if self.config.momentum_dtype == "bf16":
+            torch._foreach_copy_(buffers, moved)
+        ahead = torch.stack(moved)
+        update = update.add_(ahead, alpha=momentum) if self.config.nesterov else ahead
         if self.config.normalise == "rows":
-            update /= torch.linalg.vector_norm(update, dim=-1, keepdim=True).clamp_min_(MIN_ROW_NORM)
+            update /= _row_norms(update)
         update.copy_(self._orthogonal(update.to(DTYPES[self.config.ns_dtype]), members[0]))
         if bad is not None:
             update.masked_fill_(bad, 0.0)
-        rows, columns = members[0].shape
         if weight_decay:
-            torch._foreach_mul_(parameters, unless_bad(1.0 - lr * weight_decay))
-        torch._foreach_sub_(parameters, update.unbind(), alpha=lr * math.sqrt(max(1.0, rows / columns)))
+            torch._foreach_mul_(parameters, unless_bad(decay))
+        torch._foreach_sub_(parameters, update.unbind(), alpha=step_size)
 
     def _orthogonal(self, bank: Tensor, like: Tensor) -> Tensor:
         """A bank orthogonalised, of which this rank has as much as of the parameter ``like``."""
@@ -163,6 +184,32 @@ def muon(config: MuonConfig, *, named_params: list[NamedParam]) -> Muon:
         if cuts and not (len(cuts) == 1 and cuts[0].is_shard(0)):
             raise ValueError(f"params: {name} is placed as {placements}; muon takes parameters sharded by rows only, as FSDP2 does by itself")
     return Muon(config, [parameter for _, parameter, _ in named_params])
+
+
+# ---------------------------------------------------------------- compiled
+def look_ahead(
+    gradients: list[Tensor], buffers: list[Tensor], momentum: Tensor, bad: Tensor | None, nesterov: bool, equal_rows: bool, dtype: torch.dtype
+) -> Tensor:
+    """What the eager path makes for Newton-Schulz, (n, rows, columns) in ``dtype``; ``buffers`` go on by a step unless ``bad``."""
+    bank = []
+    for gradient, buffer in zip(gradients, buffers, strict=True):
+        moved = buffer.to(gradient.dtype) * momentum + gradient
+        ahead = gradient + moved * momentum if nesterov else moved
+        bank.append((ahead / _row_norms(ahead) if equal_rows else ahead).to(dtype))
+        kept = moved.to(buffer.dtype)
+        buffer.copy_(kept if bad is None else torch.where(bad, buffer, kept))
+    return torch.stack(bank)
+
+
+def apply(parameters: list[Tensor], bank: Tensor, decay: Tensor, step_size: Tensor, bad: Tensor | None) -> None:
+    """Weight decay and the update, unless ``bad``."""
+    for parameter, direction in zip(parameters, bank.unbind(), strict=True):
+        moved = parameter * decay - direction.to(parameter.dtype) * step_size
+        parameter.copy_(moved if bad is None else torch.where(bad, parameter, moved))
+
+
+def _row_norms(matrices: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrices, dim=-1, keepdim=True).clamp_min(MIN_ROW_NORM)
 
 
 # ---------------------------------------------------------------- banks over ranks

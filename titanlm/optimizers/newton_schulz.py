@@ -13,15 +13,22 @@ for five steps, with the authors' margin for half precision, as in the records o
 parameter golf), and ends nearer to 1.
 
 The Gram matrix A = XXᵀ is formed on the shorter side, and ``baddbmm`` adds
-inside the products, so a step is three products and no pass over X besides.
+inside the products, so a step is three products. On a GPU it copies what it adds
+to first. There large matrices in half precision go through
+``titanlm.kernels.symmetric``, which computes half of A and of aI + bA + cA², and
+the step ends in one plain product: nothing is copied, and of 4·m²·n + 2·m³
+operations for m × n a half of 2·m²·n + 2·m³ is left out.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from titanlm.kernels.symmetric import gram, polynomial
 
 Coefficients = Literal["quintic", "polar_express"]
 
@@ -38,6 +45,9 @@ TRIPLES: dict[str, tuple[tuple[float, float, float], ...]] = {
 """(a, b, c) of each step; further steps have the last."""
 
 EPS = 1e-7
+SYMMETRIC_FROM = 1024
+"""Shorter sides from which half of a product in a kernel of our own is taken to be faster than all of it in the library's:
+a guess until ``benchmarks/muon.py --device cuda --products`` has been run."""
 
 
 def newton_schulz(x: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
@@ -50,8 +60,16 @@ def newton_schulz(x: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
     bank = bank.reshape(-1, *x.shape[-2:])
     bank = bank.mT if tall else bank
     triples = TRIPLES[coefficients]
+    halved = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and bank.size(-2) >= SYMMETRIC_FROM and find_spec("triton") is not None
     for step in range(steps):
-        a, b, c = triples[min(step, len(triples) - 1)]
-        gram = torch.bmm(bank, bank.mT)
-        bank = torch.baddbmm(bank, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), bank, beta=a)
+        bank = (_step_by_halves if halved else _step)(bank, *triples[min(step, len(triples) - 1)])
     return (bank.mT if tall else bank).reshape(x.shape)
+
+
+def _step(bank: Tensor, a: float, b: float, c: float) -> Tensor:
+    squares = torch.bmm(bank, bank.mT)
+    return torch.baddbmm(bank, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), bank, beta=a)
+
+
+def _step_by_halves(bank: Tensor, a: float, b: float, c: float) -> Tensor:
+    return torch.bmm(polynomial(gram(bank), a, b, c), bank)

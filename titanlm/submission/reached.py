@@ -48,6 +48,7 @@ WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "titanlm.datasets.mixture.Mixture": ("data.source*", lambda source: source != []),
     "titanlm.distributed.activation_checkpointing._checkpointed": ("train.activation_checkpointing", lambda mode: mode != "none"),
     "titanlm.distributed.activation_checkpointing._policy": ("train.activation_checkpointing", lambda mode: mode == "selective"),
+    "titanlm.optimizers.adamw.CompactAdamW": ("optimizer.*.moments", lambda moments: moments != "fp32"),
     "titanlm.quantizers.gptq": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
 }
 """Module, or definition of one → a pattern of settings, and with which values of theirs it is called; it is in where one has such a value."""

@@ -124,7 +124,7 @@ class Attention(nn.Module):
     def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], product: Product) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all three, one kernel for what follows; as ``_heads`` but for rounding."""
         qkv = product(x, torch.cat([each.used_weight(x.dtype) for each in (self.q_proj, self.k_proj, self.v_proj)]))
-        weights = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None and norm.weight is not None]
+        weights: list[Tensor] = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None and norm.weight is not None]
         eps = None if self.q_norm is None else self.q_norm.eps
         q, k, v = RotatedHeads.apply(qkv, *rotary, torch.stack(weights) if weights else None, self.q_gain, self.n_heads, self.n_kv_heads, eps)
         return q, k, v
