@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from titanlm.batch import Batch
 from titanlm.kernels import mix, relu2, rotate
 from titanlm.kernels.fused import fused
-from titanlm.models import golf
+from titanlm.models import decoder, golf
 from titanlm.models.layers import attention, feed_forward, rope
 
 
@@ -79,10 +79,13 @@ SETTINGS = golf.GolfConfig(
 )  # fmt: skip
 
 
-@pytest.fixture
-def model():
-    """Five layers: two whose outputs are handed on, a third that is given what it is given anyway, and a last one without."""
-    made = golf.Golf(SETTINGS, vocab_size=50, max_seq_len=16)
+DECODER = decoder.DecoderConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=64, activation="relu2", qk_norm="learned", init_std=0.2)
+
+
+@pytest.fixture(params=["golf", "decoder"])
+def model(request):
+    """Golf of five layers: two whose outputs are handed on, a third that is given what it is given anyway, and a last one without."""
+    made = golf.Golf(SETTINGS, vocab_size=50, max_seq_len=16) if request.param == "golf" else decoder.Decoder(DECODER, vocab_size=50, max_seq_len=16)
     made.init_weights(0)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -67,7 +67,8 @@ def loss_sums(
 
     ``hidden`` is (B, T, D), ``labels`` (B, T) with −100 where nothing is
     trained, ``head`` maps (n, D) to (n, V) and must not keep its output for
-    its backward pass, which is overwritten. ``loss.chunk_tokens`` tokens are
+    its backward pass, which is overwritten. A head with a ``cap`` is called with
+    ``capped=False``, and the cap applied where logits are passed over anyway. ``loss.chunk_tokens`` tokens are
     taken at a time, evenly split; 0 takes all at once by plain autograd.
     Without gradients only the sums are computed. ``sources`` (B, T) says which
     of ``n_sources`` each label is of. ``compile_kernels`` fuses the passes over
@@ -75,49 +76,62 @@ def loss_sums(
     """
     flat, targets = hidden.flatten(0, -2), labels.flatten()
     groups = torch.zeros_like(targets) if sources is None else sources.flatten()
-    run = _Run(head, loss, n_sources, compile_kernels)
+    run = _Run(head, loss, n_sources, compile_kernels, getattr(head, "cap", None))
     if loss.chunk_tokens == 0:
-        return run.sums(head(flat), targets, groups)
+        return run._replace(cap=None).sums(head(flat), targets, groups)
     parameters = dict(head.named_parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, *parameters.values())):
         with rounded_once(head) as weights:  # for all chunks
             return LossSums(*_Chunked.apply(run, tuple(weights), flat, targets, groups, *weights.values()))
-    chunks = [run.sums(head(rows), wanted, group) for rows, wanted, group in _chunks(loss.chunk_tokens, flat, targets, groups)]
+    chunks = [run.sums(run.logits(rows), wanted, group) for rows, wanted, group in _chunks(loss.chunk_tokens, flat, targets, groups)]
     return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*chunks, strict=True)))
 
 
 # ---------------------------------------------------------------- the passes over the logits
-def statistics(logits: Tensor, labels: Tensor, needs_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(z_y, lse, z̄ or None) of (n, V) logits and (n,) labels; each (n,) in fp32 or fp64.
+def statistics(logits: Tensor, labels: Tensor, needs_mean: bool, cap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(z_y, lse, z̄ or None) of (n, V) logits, which are capped first, and (n,) labels; each (n,) in fp32 or fp64.
 
     Where the label is −100, z_y is some finite number.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    z = logits.to(wide)
+    z = _wide(logits) if cap is None else torch.tanh(_wide(logits) / cap) * cap
     z_y = z.gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
     return z_y, torch.logsumexp(z, -1), z.mean(-1) if needs_mean else None
 
 
-def write_gradient(logits: Tensor, lse: Tensor, g_lse: Tensor, g_mean: Tensor | None) -> None:
-    """Overwrite (n, V) logits by g_lse·softmax + g_z̄/V; the label's entry is set apart, by :func:`write_labels`."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    gradient = logits.to(wide)  # the logits themselves when they are as wide: every step is in place
+def write_gradient(logits: Tensor, lse: Tensor, g_lse: Tensor, g_mean: Tensor | None, cap: float | None) -> None:
+    """Overwrite (n, V) logits by g_lse·softmax + g_z̄/V, through the cap; the label's entry is set apart, see :func:`label_entries`."""
+    gradient = _wide(logits)  # the logits themselves when they are as wide: every step is in place
+    tanh = None
+    if cap is not None:
+        tanh = torch.tanh(gradient / cap)
+        gradient.copy_(tanh).mul_(cap)
     gradient.sub_(lse[:, None]).exp_().mul_(g_lse[:, None])
     if g_mean is not None:
         gradient.add_((g_mean / logits.shape[-1])[:, None])
+    if tanh is not None:
+        gradient.mul_(tanh.square_().neg_().add_(1.0))
     if gradient is not logits:
         logits.copy_(gradient)
 
 
-def write_labels(gradient: Tensor, labels: Tensor, z_y: Tensor, lse: Tensor, g_zy: Tensor, g_lse: Tensor, g_mean: Tensor | None) -> None:
-    """Set the entry of each label: g_lse·softmax + g_z_y + g_z̄/V, summed before it is rounded.
+def label_entries(
+    logits: Tensor, labels: Tensor, z_y: Tensor, lse: Tensor, g_zy: Tensor, g_lse: Tensor, g_mean: Tensor | None, cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Where the label of each row is, (n, 1), and the gradient there: g_lse·softmax + g_z_y + g_z̄/V, through the cap, summed before it is rounded.
 
     In bf16, 1 − 0.001 is 1: adding −1 to the rounded softmax of a sure token would leave 0.
     """
+    places = labels.clamp_min(0)[:, None]
     entry = (z_y - lse).exp() * g_lse + g_zy
     if g_mean is not None:
-        entry = entry + g_mean / gradient.shape[-1]
-    gradient.scatter_(1, labels.clamp_min(0)[:, None], entry.to(gradient.dtype)[:, None])
+        entry = entry + g_mean / logits.shape[-1]
+    if cap is not None:
+        entry = entry * (1 - torch.tanh(_wide(logits.gather(1, places).squeeze(1)) / cap).square())
+    return places, entry.to(logits.dtype)[:, None]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------- one chunk, all chunks
@@ -126,10 +140,18 @@ class _Run(NamedTuple):
     loss: Loss
     n_sources: int
     compile_kernels: bool
+    cap: float | None
+    """Of logits that ``logits`` gives as they are before it."""
+
+    def logits(self, rows: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """(n, D) → (n, V). The cap is left to the passes over them, which come by anyway."""
+        before_cap = {} if self.cap is None else {"capped": False}
+        found: Tensor = self.head(rows, **before_cap) if weights is None else functional_call(self.head, weights, (rows,), before_cap)
+        return found
 
     def statistics(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         compute = compiled(statistics) if self.compile_kernels else statistics
-        z_y, lse, z_mean = compute(logits, labels, getattr(self.loss, "needs_mean", False))
+        z_y, lse, z_mean = compute(logits, labels, getattr(self.loss, "needs_mean", False), self.cap)
         return z_y, lse, z_mean
 
     def sums(self, logits: Tensor, labels: Tensor, sources: Tensor) -> LossSums:
@@ -158,8 +180,9 @@ class _Run(NamedTuple):
         z_y, lse = (number.detach() for number in numbers[:2])
         with torch.no_grad():
             write = compiled(write_gradient) if self.compile_kernels else write_gradient
-            write(logits, lse, g_lse, g_mean)
-            write_labels(logits, labels, z_y, lse, g_zy, g_lse, g_mean)
+            places, entries = label_entries(logits, labels, z_y, lse, g_zy, g_lse, g_mean, self.cap)
+            write(logits, lse, g_lse, g_mean, self.cap)
+            logits.scatter_(1, places, entries)
         return LossSums(sums.loss.detach(), sums.nll)
 
 
@@ -179,7 +202,7 @@ class _Chunked(torch.autograd.Function):
         for rows, wanted, group in _chunks(run.loss.chunk_tokens, hidden, labels, sources):
             rows = rows.detach().requires_grad_(needs_hidden)
             with torch.enable_grad():
-                logits = functional_call(run.head, dict(zip(names, weights, strict=True)), (rows,))
+                logits = run.logits(rows, dict(zip(names, weights, strict=True)))
             gradient = logits.detach()  # the same memory, and autograd's count of changes to it
             sums.append(run.differentiate(gradient, wanted, group))
             inputs = [weights[i] for i in trained] + ([rows] if needs_hidden else [])

@@ -100,12 +100,17 @@ class Head(nn.Module):
         if self.tied:
             self.weight, self.projection = embedding.weight, embedding.projection
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    @property
+    def cap(self) -> float | None:
+        """The bound of the logits, for a loss that takes them before it and applies it in passes of its own."""
+        return None if self.softcap is None else self.softcap.cap
+
+    def forward(self, hidden: Tensor, capped: bool = True) -> Tensor:
         """(..., D) → (..., V), in the dtype of ``hidden``."""
         if self.projection is not None:
             hidden = product_of(self, "projection")(hidden, in_use(self, "projection").to(hidden.dtype))
         logits = product_of(self, "weight", project)(hidden, in_use(self, "weight").to(hidden.dtype))
-        return logits if self.softcap is None else self.softcap(logits)
+        return self.softcap(logits) if capped and self.softcap is not None else logits
 
     # The owner saves and loads what is shared.
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
