@@ -19,7 +19,7 @@ from titanlm import cli, config, recipe_run
 from titanlm.distributed.world import World
 from titanlm.errors import ConfigError, TitanError
 from titanlm.recipe import found, listing, load, open_recipe
-from titanlm.recipe_plan import HOST_DEVICES, Layout, peak_of, plan, planned_model
+from titanlm.recipe_plan import HOST_DEVICES, Layout, _rows, _Training, peak_of, plan, planned_model
 from titanlm.runs import Lock
 from titanlm.supervisor import run_child
 
@@ -549,6 +549,18 @@ def test_hsdp_and_offload_by_hand(tiny: Path) -> None:
     offloaded = layout(tiny, *hsdp, "--train.micro_batch=2", "--parallel.cpu_offload=true", size=4).memory()
     assert offloaded.host == {"weights": 4 * half, "moments": 8 * half, "average": 4 * half, "gradients": 4 * half}
     assert offloaded.device == {"gathered": 4 * total}  # of two blocks, all
+
+
+def test_rows_that_a_probe_has_yet_to_find_are_not_guessed(tiny: Path) -> None:
+    """Memory counts as with several micro-batches, traffic as with one, and both say so."""
+    common = ["--parallel.strategy=fsdp2"]
+    unknown, one, two = (layout(tiny, *common, f"--train.{rows}", size=2) for rows in ("micro_batch_tokens=auto", "micro_batch=4", "micro_batch=2"))
+    assert (unknown.accumulation, one.accumulation, two.accumulation) == (None, 1, 2)
+    assert unknown.memory() == two.memory() != one.memory()
+    assert unknown.traffic() == one.traffic() != two.traffic()
+    said = dict(_rows(_Training(config.load(tiny, [*common, "--train.micro_batch_tokens=auto"])), World(size=2, local_size=2), None, None))
+    assert said["micro-batches"].endswith('(train.micro_batch_tokens = "auto"): not known here')
+    assert said["communication"].startswith("at least ")
 
 
 # ---------------------------------------------------------------- runs

@@ -1,4 +1,4 @@
-"""benchmarks/step.py and benchmarks/alternate.py run; what they time is not looked at, only that it fits together."""
+"""benchmarks/step.py, startup.py and alternate.py run; what they time is not looked at, only that it fits together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL += ["--train.seq_len=16", "--train.global_batch=2", "--train.micro_batch=1
 def started(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, f"benchmarks/{script}.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, f"benchmarks/{script}.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False
     )
 
 
@@ -70,3 +70,23 @@ def test_two_commands_in_turn(tmp_path: Path) -> None:
         done = started("alternate", "--a", a, "--b", b, *words)
         assert done.returncode
         assert why in done.stderr
+
+
+@pytest.mark.slow
+def test_cold_and_warm_start() -> None:
+    done = started("startup", "train_configs/debug.toml", "--json", *SMALL, "--train.compile=block", "--train.device=cpu")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["cold"]["compiled"] > 0
+    assert found["warm"]["compiled"] == 0
+    assert min(found[side][name] for side in ("cold", "warm") for name in ("built_s", "first_step_s", "cache_bytes")) > 0 or not found["warm"]["cache_bytes"]
+    assert started("startup", "train_configs/debug.toml", "--rounds", "0").returncode == 2
+
+
+def test_a_start_that_compiles_nothing_or_fails() -> None:
+    done = started("startup", "train_configs/debug.toml", *SMALL, "--train.compile=none")
+    assert done.returncode
+    assert "nothing is compiled: give --train.compile=block" in done.stderr
+    done = started("startup", "train_configs/debug.toml", "--train.seqlen=3")
+    assert done.returncode
+    assert "train.seqlen: unknown key" in done.stderr

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from titanlm.config import RunConfig, Validation
+from titanlm.config import RunConfig, Train, Validation
 from titanlm.course import horizon_of, schedules_of
 from titanlm.datasets.files import OfflineError, offline
 from titanlm.distributed.strategy import shards_of
@@ -74,8 +74,11 @@ def check(config: RunConfig, *, network: bool = False) -> Report:
 def _check(config: RunConfig) -> Report:
     report = Report()
     train = config.train
-    if train.global_batch % train.micro_batch:
-        report.problems.append(f"train.micro_batch: {train.micro_batch} rows do not divide train.global_batch = {train.global_batch}")
+    report.problems += micro_batch_problems(train)
+    if train.compile != "none" and train.compile_cache not in ("run", "off"):
+        from titanlm.distributed.compile_cache import cache_file
+
+        report.attempt("train", lambda: cache_file(train.compile_cache))
     if train.sample_every and not train.sample_prompt:
         report.warnings.append("train.sample_prompt: empty; samples start from an empty document")
     if config.profile is not None and config.profile.start > train.steps:
@@ -248,14 +251,25 @@ def _check_data(config: RunConfig, report: Report) -> None:
     report.attempt("run", lambda: require_name(config.run.name))
 
 
+def micro_batch_problems(train: Train) -> Iterator[str]:
+    """What is wrong with the rows of a forward pass, however they are given."""
+    tokens, rows = train.micro_batch_tokens, train.rows(train.seq_len) or 1
+    key = "train.micro_batch" if tokens is None else "train.micro_batch_tokens"
+    if isinstance(tokens, int) and tokens % train.seq_len:
+        yield f"{key}: {tokens} is no multiple of train.seq_len = {train.seq_len}"
+    elif train.global_batch % rows:
+        yield f"{key}: {rows} rows do not divide train.global_batch = {train.global_batch}"
+
+
 def parallel_problems(config: RunConfig, world: World) -> Iterator[str]:
     """What does not fit together with so many ranks."""
     parallel, train, n_streams = config.parallel, config.train, config.data.n_streams
+    micro_batch = train.rows(train.seq_len) or 1
     if parallel.strategy == "none" and world.size > 1:
         yield f"parallel.strategy: 'none' trains with one process and there are {world.size}; use 'replicate', or 'fsdp2' for models that fill a GPU"
-    if world.size > 1 and (train.global_batch % (train.micro_batch * world.size) or n_streams % world.size):
-        legal = [n for n in range(1, train.global_batch + 1) if train.global_batch % (train.micro_batch * n) == 0 and n_streams % n == 0]
-        rows = f"{train.global_batch} rows in micro-batches of {train.micro_batch}, and {n_streams} streams of data"
+    if world.size > 1 and (train.global_batch % (micro_batch * world.size) or n_streams % world.size):
+        legal = [n for n in range(1, train.global_batch + 1) if train.global_batch % (micro_batch * n) == 0 and n_streams % n == 0]
+        rows = f"{train.global_batch} rows in micro-batches of {micro_batch}, and {n_streams} streams of data"
         yield f"parallel: {rows}, cannot be shared out evenly among {world.size} ranks; {', '.join(map(str, legal)) or 'no number of'} ranks can"
     shards = shards_of(parallel, world)
     if parallel.strategy == "hsdp" and world.size % shards:
@@ -382,10 +396,12 @@ def summary(config: RunConfig, model: Any) -> str:
     state = 4 * parameters + 12 * trained + (4 * parameters if config.averager is not None else 0)
     average = " and average" if config.averager is not None else ""
     saved = checkpoint_bytes(config, model)
+    rows = train.rows(train.seq_len)
+    parts = "micro-batches of as many rows as a probe at the start finds to fit" if rows is None else f"{train.global_batch // rows} micro-batches"
     lines = [
         f"parameters       {parameters:,}" + (f" ({trained:,} trained)" if trained != parameters else ""),
         f"FLOPs per token  {flops:,.0f} (forward and backward)",
-        f"tokens per step  {tokens:,} = {train.global_batch} rows × {train.seq_len}, {train.global_batch // train.micro_batch} micro-batches",
+        f"tokens per step  {tokens:,} = {train.global_batch} rows × {train.seq_len}, {parts}",
         f"whole run        {tokens * train.steps:,} tokens, {flops * tokens * train.steps:.3g} FLOPs",
         f"memory           {state / 2**30:.3f} GiB for weights, gradients, two moments{average}; activations come on top",
         f"checkpoint       {saved / 2**30:.3f} GiB, and {config.checkpoint.keep_last} are kept",

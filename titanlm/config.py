@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -34,6 +34,8 @@ MAX_PROBLEMS = 100
 """As many are reported at once."""
 MAX_ITEMS = 100
 """Of a list of components or tables."""
+DEFAULT_ROWS = 8
+"""A forward pass, where a config says nothing of it."""
 
 # ---------------------------------------------------------------- sections
 _T = TypeVar("_T", bound=type)
@@ -71,15 +73,20 @@ class Train:
     """Positions a row."""
     global_batch: Size = 32
     """Rows a step over all ranks."""
-    micro_batch: Size = 8
-    """Rows a forward pass on each rank; gradient accumulation is global_batch / (micro_batch × ranks)."""
+    micro_batch: Size | None = None
+    """Rows a forward pass on each rank; gradient accumulation is global_batch / (micro_batch × ranks). None: 8, or as `micro_batch_tokens` says."""
+    micro_batch_tokens: Literal["auto"] | Size | None = None
+    """In place of `micro_batch`, positions a forward pass, a multiple of `seq_len`; auto: as many as a probe at the start finds to fit the device."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 leaves gradients as they are."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of activations and matrix products; parameters and optimizer state stay fp32 either way."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["none", "block", "model"] = "none"
-    """What torch.compile sees: nothing, each block by itself (quick to compile), or the whole model."""
+    compile: Literal["none", "auto", "block", "model"] = "none"
+    """What torch.compile sees: nothing, each block by itself (quick to compile), or the whole model; auto: a shallow model whole, a deep one by block."""
+    compile_cache: str = "run"
+    """What was compiled is kept in the run folder and loaded again: `run`; `off`: neither; or a run folder, or such a file, to load it from at first. Such
+    a file runs code: load only your own."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute in backward: nothing, all but matrix products and attention, or whole blocks."""
     seed: NonNegativeInt = 42
@@ -101,6 +108,18 @@ class Train:
     """Steps between sample texts; 0 prints none."""
     sample_prompt: str = ""
     """What sample texts continue."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch_tokens is not None:
+            raise ValueError("micro_batch_tokens: excludes `micro_batch`; give one of them")
+        if self.micro_batch is None and self.micro_batch_tokens is None:
+            object.__setattr__(self, "micro_batch", DEFAULT_ROWS)
+
+    def rows(self, seq_len: int) -> int | None:
+        """Rows of so many positions a forward pass on each rank; None where a probe has yet to say."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch
+        return None if self.micro_batch_tokens == "auto" else max(1, self.micro_batch_tokens // seq_len)
 
 
 @section
@@ -217,7 +236,7 @@ class Validation:
     seq_len: Size | None = None
     """Positions a row; None: `train.seq_len`."""
     micro_batch: Size | None = None
-    """Rows a forward pass; None: `train.micro_batch`."""
+    """Rows a forward pass; None: as many as in training, by `train.micro_batch` or `train.micro_batch_tokens`."""
     every: NonNegativeInt | None = None
     """Steps between scorings of this set; None: `train.validate_every`, 0: none. The end of a run always scores it."""
 
@@ -438,7 +457,7 @@ def _decode(tables: Tables, source: str, origins: Origins) -> RunConfig:
     try:
         config = _adapter(RunConfig).validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        messages = (pair for pair in _messages(error, RunConfig, tables) if pair[0] not in misplaced and (pair[0] or not found))
+        messages = (pair for pair in _joined(_messages(error, RunConfig, tables)) if pair[0] not in misplaced and (pair[0] or not found))
         found += islice(messages, MAX_PROBLEMS)
     if found:
         problems = list(dict.fromkeys(f"{where(path, origins)}{_dotted(path)}: {message}" for path, message in found[:MAX_PROBLEMS]))
@@ -564,6 +583,26 @@ def _messages(error: Any, root: type, tables: Any) -> Iterable[tuple[KeyPath, st
         else:
             text = item["msg"].removeprefix("Input should be ").replace("greater", "a number greater").replace("less", "a number less", 1)
             yield path, item["msg"] if text == item["msg"] else f"expected {text}, got {_shown(value)}"
+
+
+_ALTERNATIVE = re.compile(r"literal\[.*\]|constrained-.*")
+"""What pydantic adds to the path of a value that is none of several things."""
+
+
+def _joined(messages: Iterable[tuple[KeyPath, str]]) -> Iterable[tuple[KeyPath, str]]:
+    """What one value should have been, if it may be one of several things, as one message."""
+
+    def value_of(pair: tuple[KeyPath, str]) -> tuple[KeyPath, bool]:
+        path, _ = pair
+        several = bool(path) and _ALTERNATIVE.fullmatch(str(path[-1])) is not None
+        return (path[:-1] if several else path), several
+
+    for (key, several), group in groupby(messages, value_of):
+        if several:
+            texts = [text.removeprefix("expected ").partition(", got ") for _, text in group]
+            yield key, f"expected {' or '.join(wanted for wanted, _, _ in texts)}, got {texts[0][2]}"
+        else:
+            yield from group
 
 
 def _planned(path: KeyPath, word: Any) -> str:

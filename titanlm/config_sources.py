@@ -26,6 +26,9 @@ MAX_KEY_PARTS = 32
 LISTS = frozenset({"optimizer", "quantizer", "validation", "logger"})
 """Top-level keys that hold lists; a single table or name counts as a list of one."""
 
+ALTERNATIVES = (("train", "micro_batch"), ("train", "micro_batch_tokens"))
+"""Keys that exclude one another: one that is laid over the other takes its place."""
+
 Tables = dict[str, Any]
 KeyPath = tuple[str | int, ...]
 Origins = dict[KeyPath, str]
@@ -170,7 +173,16 @@ def _merge(base: Any, over: Any, path: KeyPath, origins: Origins) -> Any:
     if not tables or (path != ("run",) and over.get("name", base.get("name")) != base.get("name", over.get("name"))):
         _forget(path, origins)
         return over
+    _make_way(base, over, path, origins)
     return {**base, **{key: _merge(base[key], value, (*path, key), origins) if key in base else value for key, value in over.items()}}
+
+
+def _make_way(base: Any, over: Any, path: KeyPath, origins: Origins) -> None:
+    """Take out of a table what one of the keys laid over it excludes."""
+    if any((*path, key) in ALTERNATIVES for key in over):
+        for *table, key in ALTERNATIVES:
+            if tuple(table) == path and key not in over and base.pop(key, None) is not None:
+                _forget((*path, key), origins)
 
 
 def _forget(path: KeyPath, origins: Origins) -> None:
@@ -204,6 +216,9 @@ def override(tables: Tables, overrides: Sequence[str], origins: Origins) -> None
             _set(tables, parts, value)
         except LookupError as error:
             problems.append(f"{_short(override)}: {error.args[0]}")
+        else:
+            if tuple(parts) in ALTERNATIVES:
+                _make_way(tables[str(parts[0])], parts[1:], tuple(parts[:1]), origins)
         _forget(tuple(parts), origins)
         origins[tuple(parts)] = f"--{match[1]}"
     if problems:

@@ -24,7 +24,8 @@ def limit_settings(config: RunConfig) -> str:
 def phases_of(config: RunConfig, world: World, horizon: Horizon) -> Phases:
     """The shapes and switches of a run's steps, in order."""
     train = config.train
-    first = Phase(train.seq_len, train.micro_batch, train.global_batch // (train.micro_batch * world.size), clip=train.clip or None)
+    rows = train.rows(train.seq_len) or 1  # until a probe has said how many
+    first = Phase(train.seq_len, rows, train.global_batch // (rows * world.size), clip=train.clip or None)
     if not any(getattr(quantizer.config, "qat", False) for quantizer in config.quantizer):
         return Phases([(0, first)], horizon)
     rounding, start = replace(first, switches=(("qat", True),)), config.qat.start_fraction

@@ -136,7 +136,7 @@ def requirements(run_config: Any) -> list[str]:
 def _device_problems(run_config: Any) -> Iterator[str]:
     train = getattr(run_config, "train", None)
     device, precision, compiled = (getattr(train, name, "") for name in ("device", "precision", "compile"))
-    if device == "cpu" or (device != "cuda" and precision != "bf16" and compiled not in ("block", "model")):
+    if device == "cpu" or (device != "cuda" and precision != "bf16" and compiled in ("", "none")):
         return  # torch is not needed to tell
     import torch
 
@@ -147,7 +147,7 @@ def _device_problems(run_config: Any) -> Iterator[str]:
         return
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield f"train.precision: {torch.cuda.get_device_name()} has no bf16; use 'fp32'"
-    if compiled in ("block", "model") and not _installed("triton"):
+    if compiled not in ("", "none") and not _installed("triton"):
         yield f"train.compile: {compiled!r} needs triton on a GPU; run: pip install triton, or use 'none'"
 
 

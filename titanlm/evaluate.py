@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from titanlm.batch import Batch, Row
-from titanlm.config import FILE_DATASETS, RunConfig, Validation
+from titanlm.config import DEFAULT_ROWS, FILE_DATASETS, RunConfig, Validation
 from titanlm.data import batch_of, validation_rows
 from titanlm.datasets.mixture import Source
 from titanlm.distributed.world import Peers, World
@@ -91,7 +91,8 @@ class ValidationSet:
         every = train.validate_every if entry.every is None else entry.every
         stream = open_set(entry, config, tokenizer)
         boundaries = {"document_mask": data.document_mask, "boundary_label": data.boundary_label, "pad_id": pad_id(tokenizer)}
-        return cls(entry.name, stream, seq_len, entry.micro_batch or train.micro_batch, every, entry.max_tokens, boundaries)
+        rows = entry.micro_batch or train.rows(seq_len) or DEFAULT_ROWS  # of a run whose rows a probe chose, scored elsewhere
+        return cls(entry.name, stream, seq_len, rows, every, entry.max_tokens, boundaries)
 
     def rows(self) -> Iterator[list[Row]]:
         """What each batch is made of."""

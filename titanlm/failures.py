@@ -23,10 +23,13 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def out_of_memory(config: RunConfig, error: BaseException) -> str:
     """What to change, from the cheapest remedy on."""
-    train = config.train
+    train, tokens = config.train, config.train.micro_batch_tokens
+    rows = f"train.micro_batch = {train.micro_batch}: halve it" if tokens is None else f"train.micro_batch_tokens = {tokens}: halve it"
+    if tokens == "auto":
+        rows = "train.micro_batch_tokens = 'auto' was too much: give half of what tuned.json in the run folder says"
     return (
         f"out of memory: {str(error).splitlines()[0]}\n"
-        f"  train.micro_batch = {train.micro_batch}: halve it; train.global_batch stays and accumulation doubles\n"
+        f"  {rows}; train.global_batch stays and accumulation doubles\n"
         f"  train.activation_checkpointing = {train.activation_checkpointing!r}: 'selective' or 'full' recompute instead of keeping\n"
         f"  loss.chunk_tokens = {config.loss.config.chunk_tokens}: fewer positions of logits at once (0 keeps all of them)"
     )

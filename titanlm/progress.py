@@ -9,10 +9,10 @@ which a compiled step is kept and a prefetched batch is recognised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,13 @@ class Progress:
     """Positions trained on by all ranks, padding included."""
     elapsed_s: float = 0.0
     """Training time by the wall clock, validation and saving excluded, summed over resumes."""
+
+
+class Shape(NamedTuple):
+    """Rows of so many positions."""
+
+    rows: int
+    seq_len: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,11 @@ class Phase:
     @property
     def rows_per_rank(self) -> int:
         return self.micro_batch * self.accumulation
+
+    @property
+    def shape(self) -> Shape:
+        """What a rank does in a step, however it is cut into micro-batches."""
+        return Shape(self.rows_per_rank, self.seq_len)
 
     def changes(self, before: Phase) -> str:
         """What is other than in an earlier phase, for people."""
@@ -98,6 +110,15 @@ class Phases:
         """The phase that holds and those that may still come, each once: what there is to warm up."""
         present = max(index for index, (start, _) in enumerate(self.stages) if self._reached(start, progress))
         return tuple(dict.fromkeys(phase for _, phase in self.stages[present:]))
+
+    def cut(self, rows: Mapping[Shape, int]) -> Phases:
+        """The same steps in micro-batches of ``rows`` of each shape."""
+
+        def resized(phase: Phase) -> Phase:
+            n = rows[phase.shape]
+            return replace(phase, micro_batch=n, accumulation=phase.rows_per_rank // n)
+
+        return Phases([(start, resized(phase)) for start, phase in self.stages], self.horizon)
 
     def _reached(self, start: int | float, progress: Progress) -> bool:
         if not isinstance(start, float):

@@ -94,7 +94,9 @@ class Layout:
         self.config, self.model, self.world = config, model, world
         self.strategy = config.parallel.strategy
         self.shards = {"fsdp2": world.size, "hsdp": shards_of(config.parallel, world)}.get(self.strategy, 1)
-        self.accumulation = config.train.global_batch // (config.train.micro_batch * world.size)
+        rows = config.train.rows(config.train.seq_len)
+        self.accumulation = None if rows is None else config.train.global_batch // (rows * world.size)
+        """None where a probe has yet to say: memory is then that of several micro-batches, traffic of one."""
         self.parameters = list(model.parameters())
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.blocks = [list(block.parameters()) for block in model.blocks]
@@ -116,7 +118,7 @@ class Layout:
         kept = {"weights": parts, "moments": sum(-(-moments[id(p)] * self.part(p) // p.numel()) for p in self.trained if p.numel())}
         if self.config.averager is not None:
             kept["average"] = sum(4 * self.part(parameter) for parameter in self.parameters)
-        whole = self.strategy in SHARDED and self.accumulation > 1
+        whole = self.strategy in SHARDED and self.accumulation != 1
         gradients = {"gradients": sum((p.numel() if whole else self.part(p)) * p.element_size() for p in self.trained)}
         gathered = {}
         if self.shards > 1:
@@ -139,7 +141,7 @@ class Layout:
         in_blocks = sum(self.part(parameter) for block in self.blocks for parameter in block)
         in_root = sum(self.part(parameter) for parameter in self.root)
         return Traffic(
-            gathers=self.accumulation * others * (times * self.gathered_bytes * in_blocks + 4 * in_root),
+            gathers=(self.accumulation or 1) * others * (times * self.gathered_bytes * in_blocks + 4 * in_root),
             scatters=others * gradients,
             reduces=2 * (groups - 1) / groups * gradients,
         )
@@ -264,13 +266,16 @@ def _rows(training: _Training, world: World, device_name: str | None, peak: floa
         if parts:
             text = " + ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
             yield place, f"{sum(parts.values()) / GIB:.3f} GiB a device, computed: {text}"
+    if layout.accumulation is None:
+        yield "micro-batches", 'of as many rows as a probe at the start finds to fit (train.micro_batch_tokens = "auto"): not known here'
     primed = " and, while priming, one more copy of weights, moments and average" if config.train.priming_steps else ""
     yield "", f"activations, buffers{primed} come on top and are not counted"
     if world.size > 1:
         traffic = layout.traffic()
         named = {"gathering parameters": traffic.gathers, "scattering gradients": traffic.scatters, "adding up gradients": traffic.reduces}
         text = " + ".join(f"{name} {size / 1e9:.3f}" for name, size in named.items() if size)
-        yield "communication", f"{traffic.total / 1e9:.3f} GB a step sent by each device, computed: {text}"
+        least = "at least " if layout.accumulation is None and traffic.gathers else ""
+        yield "communication", f"{least}{traffic.total / 1e9:.3f} GB a step sent by each device, computed: {text}"
         yield "", "what optimizers exchange among themselves (muon) comes on top and is not counted"
     if peak is None:
         yield "hours", "computed with --device-name, such as H200"

@@ -102,7 +102,11 @@ def load_initial(config: RunConfig, model: Any, tokenizer: Any, peers: Peers) ->
 
 def begin_quantizers(config: RunConfig, model: Any, phases: Phases, *, device: torch.device, compiled: bool, tuned: Tuned) -> list[str]:
     """Let quantizers do what hangs on the device, on a materialised model of which nothing was traced yet; what they have to say."""
-    n_tokens = max(phase.micro_batch * phase.seq_len for _, phase in phases.stages)
+    # Where the rows that fit are still to be found, as many tokens as they may well be.
+    unknown = config.train.micro_batch_tokens == "auto"
+    n_tokens = max(
+        min(phase.micro_batch * phase.accumulation * phase.seq_len, 65_536) if unknown else phase.micro_batch * phase.seq_len for _, phase in phases.stages
+    )
     facts = {"n_tokens": n_tokens, "n_head_tokens": chunk_size(n_tokens, config.loss.config.chunk_tokens)}
     notes: list[str] = []
     for entry, names in zip(config.quantizer, quantizer_claims(config, model).claimed, strict=True):

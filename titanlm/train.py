@@ -73,6 +73,8 @@ ECHO_S = 3.0
 """A launcher hands on the signal that a terminal gave to every process already; so soon a second one is that."""
 SAVE_BOUND_S = 20.0
 """How long a trainer that ends waits for a save under way; launchers kill 30 s after SIGTERM."""
+SETTLED_STEPS = 20
+"""After so many, or after the first validation if that is sooner, all that a run compiles at its start is compiled."""
 SKIPPED = "skipped_steps.jsonl"
 """Steps that were passed over because they were not finite, and their documents."""
 SCORED = "scored.json"
@@ -89,6 +91,11 @@ class Trainer:
         # 1. Everything that can be wrong is found before a device is touched or a file written.
         report = preflight(config)
         self.world = World.from_environment()
+        to_come_bytes = None
+        if train.micro_batch_tokens == "auto":
+            from titanlm.micro_batch import to_come
+
+            to_come_bytes = to_come(config, report.model, self.world)  # before ranks are connected: an optimizer may exchange something in its step
 
         # 2. Device and seeds. Determinism first: cuBLAS reads its setting at the first CUDA call.
         randomness.set_deterministic(train.deterministic)
@@ -121,6 +128,8 @@ class Trainer:
 
             self.loggers = self._new_loggers()
             opened.callback(lambda: self.loggers.close())
+            self.notes: list[str] = []
+            self.tuned = Tuned(self.folder.path, self.peers, self.notes.append)
             self.watchdog = Watchdog(
                 timeout_s=parallel.timeout_s,
                 first_timeout_s=parallel.init_timeout_s,
@@ -129,13 +138,13 @@ class Trainer:
                 store=store,
                 folder=self.folder.path,
             )
-            self._build(report, earlier, opened)
+            self._build(report, earlier, opened, to_come_bytes)
             self._opened = opened.pop_all()
 
     def _new_loggers(self) -> LoggerGroup:
         return LoggerGroup([logger.build(run_dir=self.folder.path) for logger in self.config.logger] if self.world.rank == 0 else [])
 
-    def _build(self, report: Report, earlier: Saved | None, opened: ExitStack) -> None:
+    def _build(self, report: Report, earlier: Saved | None, opened: ExitStack, to_come_bytes: int | None) -> None:
         config, train, parallel = self.config, self.config.train, self.config.parallel
 
         # 6. Tokenizer, then data: streams know its ids, and the model its vocabulary.
@@ -175,12 +184,21 @@ class Trainer:
         model.to_empty(device=self.strategy.parameter_device(self.device))
         initialise(model, train.seed)
         fresh = earlier is None and config.checkpoint.initial_load is not None
-        notes = load_initial(config, model, self.tokenizer, self.peers) if fresh else []
+        notes = self.notes
+        notes += load_initial(config, model, self.tokenizer, self.peers) if fresh else []
 
         # 10. Compiled in place: state keeps its names. Each phase's shapes compile once, when they first come.
         self.compiled = compile_module(self.module, train.compile)
-        tuned = Tuned(self.folder.path, self.peers)
-        notes += begin_quantizers(config, model, self.phases, device=self.device, compiled=self.compiled != "none", tuned=tuned)
+        notes += begin_quantizers(config, model, self.phases, device=self.device, compiled=self.compiled != "none", tuned=self.tuned)
+        if train.compile == "auto":
+            notes.append(f"train.compile: {self.compiled!r} for a model of {len(model.blocks)} blocks")
+        self.compile_cache = None
+        if train.compile_cache != "off" and self.compiled != "none":
+            from titanlm.distributed.compile_cache import CompileCache
+
+            self.compile_cache = self.peers.agree(lambda: CompileCache(self.folder.path, self.device, train.compile_cache))
+            if loaded := self.compile_cache.load():
+                notes.append(loaded)
         self.forward = self.strategy.wrap(self.module)
 
         # 11. Optimizers over the materialised parameters; each knows the peaks of what is scheduled.
@@ -203,6 +221,9 @@ class Trainer:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.averagers = [config.averager.build(model=model, horizon=self.horizon)] if config.averager is not None else []
         self.hooks = [module.on_step_end for module in model.modules() if hasattr(module, "on_step_end")]
+
+        if to_come_bytes is not None:
+            config = self._size_micro_batches(to_come_bytes)
 
         # 12. What watches, saves and reports.
         self.guard = FiniteGuard(
@@ -249,6 +270,29 @@ class Trainer:
         self.loggers.message(f"{self.n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {documents}")
         for note in [*notes, *room_for_checkpoints(config, model, self.checkpoints)]:
             self.loggers.message(note)
+        self.tuned.tell = lambda line: self.loggers.message(line)  # a rollback makes new loggers
+
+    def _size_micro_batches(self, to_come_bytes: int) -> RunConfig:
+        """Cut the phases into micro-batches of the rows that fit; the config that says so by a number."""
+        from titanlm.micro_batch import Probe
+
+        probe = Probe(
+            config=self.config,
+            model=self.model,
+            forward=self.forward,
+            strategy=self.strategy,
+            device=self.device,
+            peers=self.peers,
+            vocab_size=self.tokenizer.vocab_size,
+            n_sources=self.loader.n_sources,
+            to_come_bytes=to_come_bytes,
+            compiled=self.compiled != "none",
+        )
+        rows = probe.rows(self.tuned, self.phases)
+        self.phases = self.phases.cut(rows)
+        first = self.phases.stages[0][1]
+        self.notes.append(f"micro-batches of {first.micro_batch} rows of {first.seq_len}, {first.accumulation} a step on each rank")
+        return replace(self.config, train=replace(self.config.train, micro_batch_tokens=first.micro_batch * first.seq_len))
 
     # ------------------------------------------------------------ the step
     def train_step(self) -> None:
@@ -394,6 +438,7 @@ class Trainer:
                 break
             self._between_steps(self.progress.step)
         self.validate_once(self.validation)
+        self._keep_compiled()
         return self.checkpoints / f"step-{self.progress.step:08d}"
 
     def _prime(self) -> None:
@@ -423,6 +468,13 @@ class Trainer:
             self.meter.forget()
         self.loggers.message(f"primed in {time.perf_counter() - started:.1f} s; everything is as it was at step {kept.step} again")
 
+    def _keep_compiled(self) -> None:
+        """Write what was compiled, the first time that there is something new."""
+        if self.compile_cache is not None and self.world.rank == 0:
+            with self.meter.pause():
+                if told := self.compile_cache.write():
+                    self.loggers.message(told)
+
     def _between_steps(self, step: int) -> None:
         """What is due after this many steps."""
         train, every, last = self.config.train, self.config.checkpoint.every, self.finished
@@ -439,8 +491,10 @@ class Trainer:
             self.save(wait=True)
         elif every and step % every == 0:
             self._or_warn(self.save)
-        if not last:
-            self.validate_once(self._due(step))
+        due = [] if last else self._due(step)
+        self.validate_once(due)
+        if due or step == self.started_at + SETTLED_STEPS:
+            self._keep_compiled()
         if train.sample_every and step % train.sample_every == 0:
             self.sample()
         if train.gc_every and step % train.gc_every == 0:

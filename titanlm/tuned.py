@@ -1,31 +1,83 @@
-"""What a run found out about its machine when it first started, so that later starts do not decide otherwise."""
+"""Choices made by measurement: which kernel, how many rows at a time. They are made once and kept with the run.
+
+What is fastest or largest depends on the machine, and measuring the same twice
+may give two answers, so a resumed run that measured again might compute with
+other kernels, and in other roundings, than it began with. Therefore
+``tuned.json`` in the run folder holds what was chosen, and a run that finds it
+there goes by it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from titanlm.distributed.world import Peers
+from titanlm.errors import TitanError
 from titanlm.runs import write_atomic
 
-FILE = "tuned.json"
+JSON: TypeAlias = Any
+"""What ``json`` reads and writes: numbers, strings, lists, dicts by string, booleans, None."""
+
+TUNED = "tuned.json"
+FORMAT = 1
 
 
 class Tuned:
-    """Decisions by key, in ``tuned.json`` of the run folder; every rank asks for the same ones in the same order."""
+    """The choices of a run, the same on every rank; rank 0 reads and writes them.
 
-    def __init__(self, folder: Path, peers: Peers) -> None:
-        self.path, self.peers = folder / FILE, peers
+    ``tell`` gets a line for each new choice. Every method but ``get`` is
+    collective. Raises TitanError on every rank when the file is damaged or is
+    not one of these.
+    """
 
-    def choice(self, key: str, decide: Callable[[], Any]) -> Any:
-        """The stored decision, or what ``decide`` gives on rank 0, JSON, which is then stored; the same on every rank."""
-        return self.peers.gather(self.peers.first(lambda: self._stored(key, decide)))[0]
+    def __init__(self, folder: Path, peers: Peers, tell: Callable[[str], object]) -> None:
+        self.path, self.peers, self.tell = folder / TUNED, peers, tell
+        # As rank 0 reads them: a file system may show the others an older file.
+        stored = peers.first(lambda: read(self.path))
+        self._choices: dict[str, JSON] = peers.gather(stored)[0]
 
-    def _stored(self, key: str, decide: Callable[[], Any]) -> Any:
-        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        if key not in known:
-            known[key] = decide()
-            write_atomic(self.path, json.dumps(known, indent=2))
-        return known[key]
+    def get(self, key: str) -> JSON:
+        """What was chosen, or None."""
+        return self._choices.get(key)
+
+    def choice(self, key: str, decide: Callable[[], JSON]) -> JSON:
+        """What was chosen; if nothing was, what ``decide`` says on rank 0, which is kept. A TitanError in it is every rank's."""
+        if key in self._choices:
+            return self._choices[key]
+        return self.keep(key, self.peers.first(decide))
+
+    def keep(self, key: str, value: JSON) -> JSON:
+        """Rank 0's ``value``, from now on what was chosen; for decisions that all ranks take part in. As it will be read again: tuples are lists."""
+        value = json.loads(json.dumps(self.peers.gather(value)[0]))
+        self._choices[key] = value
+        self.peers.first(self._write)
+        self.tell(f"chosen by measurement: {key} = {json.dumps(value)}")
+        return value
+
+    def _write(self) -> None:
+        try:
+            write_atomic(self.path, json.dumps({"format": FORMAT, "choices": self._choices}, indent=1) + "\n")
+        except OSError as error:
+            raise TitanError(f"{self.path}: cannot be written: {error.strerror}; without it a resumed run might choose otherwise") from error
+
+
+def read(path: Path) -> dict[str, JSON]:
+    """The choices in a file, none when there is no file. Raises TitanError."""
+    remedy = "delete or move it, and what it held is measured and chosen anew"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise TitanError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
+        raise TitanError(f"{path}: damaged, no JSON ({error}); {remedy}") from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("choices"), dict):
+        raise TitanError(f"{path}: holds no choices of a run; {remedy}")
+    if stored.get("format") != FORMAT:
+        raise TitanError(f"{path}: is of format {stored.get('format')!r}, and this version reads {FORMAT}; {remedy}")
+    choices: dict[str, JSON] = stored["choices"]
+    return choices

@@ -67,7 +67,8 @@ def test_modules_are_those_of_the_run(pr369):
             "check", "checkpoint", "clipping", "config", "config_sources", "constraints", "course", "data", "datasets", "device",
         "distributed", "environment", "errors", "evaluate", "export", "exported", "exporters", "failures",
             "fitters", "guard", "interrupts", "interval", "kernels", "loggers", "losses",
-        "metrics", "models", "optimizers", "packers", "patterns", "precision", "profiling", "progress", "quantizers", "randomness", "registry", "resume",
+        "metrics", "micro_batch", "models", "optimizers", "packers", "patterns", "precision", "profiling", "progress", "quantizers", "randomness", "registry",
+        "resume",
         "run_start", "runs", "saver", "schedulers", "spikes", "state_tree", "stream", "submission", "targets", "tensor_file", "titanlm", "tokenizers",
         "train", "train_module", "tuned", "weights", "workers",
     }  # fmt: skip
@@ -76,6 +77,13 @@ def test_modules_are_those_of_the_run(pr369):
 def test_sizes(pr369):
     for made in (pr369["compressed"], bundle(golf("pr369_logged"))):
         assert made.n_bytes == len(made.content) <= MAX_COMPRESSED_BYTES
+
+
+def test_the_probe_of_rows_is_in_it_where_it_is_asked_for(pr369):
+    made = bundle(golf("pr369", "--train.micro_batch_tokens=auto"), "readable")
+    assert b"SHARE = 0.9" in made.content
+    assert b"SHARE = 0.9" not in pr369["readable"].content
+    assert {name.removeprefix("titanlm.") for name in set(made.modules) - set(pr369["readable"].modules)} == {"recipe_plan"}
 
 
 def test_compressed_file_is_source_in_latin_1(pr369, tmp_path):

@@ -14,15 +14,24 @@ MAX_GRAPHS = 64
 """Of one piece of code; more would be a mistake, such as rows of ever new lengths."""
 
 
-def compile_module(module: Any, mode: Literal["none", "block", "model"]) -> Literal["none", "block", "model"]:
+SHALLOW = 4
+"""Blocks up to which ``auto`` compiles a model whole. That takes as much longer as there are blocks, where by block they cost no more than one (the
+first step of a tiny model on two CPU cores: 2 blocks 31 s whole and 32 s by block, 6 blocks 55 s and 19 s), and models of 11 and 12 blocks were no faster
+for it on a GPU (docs/performance.md)."""
+
+
+def compile_module(module: Any, mode: Literal["none", "auto", "block", "model"]) -> Literal["none", "block", "model"]:
     """Compile a train module's model as a whole or block by block; returns what was done.
 
     ``block`` compiles one graph that all equal blocks share: quick to compile.
-    ``model`` lets the compiler fuse across blocks. A machine without a C
-    compiler cannot compile and says so once.
+    ``model`` lets the compiler fuse across blocks. ``auto`` is ``model`` for a
+    shallow model, and ``block`` for a deep one or one whose blocks are gathered.
+    A machine without a C compiler cannot compile and says so once.
     """
     if mode == "none":
         return mode
+    if mode == "auto":
+        mode = "model" if len(module.model.blocks) <= SHALLOW and not hasattr(module, "unshard") else "block"
     # On the CPU inductor writes C++; on CUDA triton builds its launchers in C.
     on_cpu = next(module.parameters()).device.type == "cpu"
     if (cxx_compiler() if on_cpu else c_compiler()) is None:

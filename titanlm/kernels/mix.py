@@ -68,12 +68,13 @@ mix_backward = operator(
 class Mix(torch.autograd.Function):
     """``(weights, eps or None, which terms are passed through, *terms) → (out, normed, *passed)``; without eps there is no normed.
 
-    Two or three terms (..., D) of one dtype, contiguous; ``weights`` (n, D) fp32
+    Two or three terms (..., D) of one dtype; ``weights`` (n, D) fp32
     are of the last n, the first term being taken as it is if it has none.
     """
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, eps: float | None, passes: tuple[bool, ...], *terms: Tensor) -> tuple[Tensor, ...]:
+        terms = tuple(term.contiguous() for term in terms)
         ctx.save_for_backward(weights, *terms)
         ctx.eps, ctx.passes = eps, passes
         out, normed = mix_forward(list(terms), weights, eps)

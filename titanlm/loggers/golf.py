@@ -145,7 +145,9 @@ def settings(tables: Mapping[str, Any], environment: Mapping[str, Any]) -> Itera
         yield f"model_params:{environment['n_parameters']}"
     if "world_size" in environment:
         n = environment["world_size"]
-        yield f"world_size:{n} grad_accum_steps:{train['global_batch'] // (train['micro_batch'] * n)}"
+        tokens = train.get("micro_batch_tokens")
+        rows = train.get("micro_batch") or (tokens // train["seq_len"] if isinstance(tokens, int) else 0)  # 0: a probe has yet to say
+        yield f"world_size:{n}" + (f" grad_accum_steps:{train['global_batch'] // (rows * n)}" if rows else "")
     if {"n_heads", "n_kv_heads"} <= model.keys():
         n, n_kv = model["n_heads"], model["n_kv_heads"]
         yield f"attention_mode:{'mha' if n == n_kv else 'gqa'} num_heads:{n} num_kv_heads:{n_kv}"

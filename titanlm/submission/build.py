@@ -187,7 +187,7 @@ def _submitted(config: RunConfig) -> RunConfig:
         config,
         imports=(),
         run=replace(config.run, name="submission", dir="runs"),
-        train=replace(config.train, sample_every=0),
+        train=replace(config.train, sample_every=0, compile_cache="off"),
         data=replace(config.data, workers=0),
         parallel=replace(config.parallel, strategy="none"),
         checkpoint=replace(config.checkpoint, copy_to="", best="", resume="auto"),

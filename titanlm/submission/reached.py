@@ -48,6 +48,8 @@ WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "titanlm.datasets.mixture.Mixture": ("data.source*", lambda source: source != []),
     "titanlm.distributed.activation_checkpointing._checkpointed": ("train.activation_checkpointing", lambda mode: mode != "none"),
     "titanlm.distributed.activation_checkpointing._policy": ("train.activation_checkpointing", lambda mode: mode == "selective"),
+    "titanlm.distributed.compile_cache": ("train.compile_cache", lambda kept: kept != "off"),
+    "titanlm.micro_batch": ("train.micro_batch_tokens", lambda tokens: tokens == "auto"),
     "titanlm.optimizers.adamw.CompactAdamW": ("optimizer.*.moments", lambda moments: moments != "fp32"),
     "titanlm.quantizers.gptq": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
 }

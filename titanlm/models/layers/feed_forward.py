@@ -33,9 +33,10 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(d_model, d_ff) if activation == "swiglu" else None
         self.up_proj = Linear(d_model, d_ff)
         self.down_proj = Linear(d_ff, d_model)
+        self.fuses = activation == "relu2" and d_model % 8 == d_ff % 8 == 0  # rows of whole 16 bytes, as the device copies tiles
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None and fused(x) and shared_product(self.up_proj, self.down_proj) is F.linear:
+        if self.fuses and fused(x) and shared_product(self.up_proj, self.down_proj) is F.linear:
             network: Tensor = Relu2Network.apply(x.flatten(0, -2), self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype))
             return network.view(x.shape)
         up = self.up_proj(x)

@@ -1,0 +1,194 @@
+"""Compiled code that travels with the run folder: what serves a machine that has nothing else, and what is passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from titanlm.check import check
+from titanlm.config import load
+from titanlm.distributed.compile import compile_module
+from titanlm.distributed.compile_cache import COMPILE_CACHE, CompileCache, cache_file, made_by
+from titanlm.errors import TitanError
+from titanlm.train import Trainer
+
+CPU = torch.device("cpu")
+CONTENT = b"compiled\ncode"
+
+
+@pytest.fixture
+def torch_cache(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """In place of torch's own functions: what was loaded. A test raises the counters as if something had been compiled."""
+    loaded: list[bytes] = []
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (CONTENT, None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: loaded.append(content) or True)  # type: ignore[func-returns-value]
+    return loaded
+
+
+def compile_something() -> None:
+    counters["inductor"]["fxgraph_cache_miss"] += 1
+
+
+def test_what_is_written_is_loaded_and_only_what_is_new_is_written(tmp_path: Path, torch_cache: list[bytes]) -> None:
+    cache = CompileCache(tmp_path, CPU)
+    assert cache.load() is None
+    assert cache.write() is None  # nothing was compiled since
+    compile_something()
+    assert cache.write() == f"what was compiled is in {tmp_path / COMPILE_CACHE}, 0.0 MiB"
+    compile_something()
+    assert cache.write() is None  # torch would give what it cannot read again
+    again = CompileCache(tmp_path, CPU)
+    assert again.load() == f"compiled before: 0.0 MiB of {tmp_path / COMPILE_CACHE}"
+    assert torch_cache == [CONTENT]
+    assert again.write() is None
+    compile_something()
+    assert again.write() is not None
+    # Another run may begin with it, and writes its own.
+    (tmp_path / "b").mkdir()
+    for source in (str(tmp_path), str(tmp_path / COMPILE_CACHE)):
+        other = CompileCache(tmp_path / "b", CPU, source)
+        assert other.load() == f"compiled before: 0.0 MiB of {tmp_path / COMPILE_CACHE}"
+    compile_something()
+    other.write()
+    assert CompileCache(tmp_path / "b", CPU, str(tmp_path)).source == tmp_path / "b" / COMPILE_CACHE
+
+
+def test_the_header_says_what_made_it(tmp_path: Path, torch_cache: list[bytes]) -> None:
+    cache = CompileCache(tmp_path, CPU)
+    compile_something()
+    cache.write()
+    head, _, content = (tmp_path / COMPILE_CACHE).read_bytes().partition(b"\n")
+    assert content == CONTENT
+    said = json.loads(head)
+    assert said["made_by"] == made_by(CPU)
+    assert said["made_by"]["torch"] == torch.__version__
+    assert said["n_bytes"] == len(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda head, content: (head | {"made_by": head["made_by"] | {"torch": "2.0.0"}}, content), f"it is of torch 2.0.0 and this is {torch.__version__}"),
+        (lambda head, content: (head | {"made_by": head["made_by"] | {"device": "NVIDIA H100"}}, content), "it is of device NVIDIA H100 and this is cpu"),
+        (lambda head, content: (head | {"made_by": {}}, content), "it is of torch None"),
+        (lambda head, content: (head | {"made_by": 3}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head, content[:-1]), "damaged, 12 of 13 bytes"),
+        (lambda head, content: (head, b"C" + content[1:]), "damaged, its sha256 is another"),
+        (lambda head, content: ([], content), "it is no compile cache of titanlm"),
+        (lambda head, content: ("x" * 5000, content), "it is no compile cache of titanlm"),
+    ],
+)
+def test_others_and_damaged_ones_are_passed_over(tmp_path: Path, torch_cache: list[bytes], change: Any, said: str) -> None:
+    cache = CompileCache(tmp_path, CPU)
+    compile_something()
+    cache.write()
+    head, _, content = (tmp_path / COMPILE_CACHE).read_bytes().partition(b"\n")
+    head, content = change(json.loads(head), content)
+    (tmp_path / COMPILE_CACHE).write_bytes(json.dumps(head).encode() + b"\n" + content)
+    told = CompileCache(tmp_path, CPU).load()
+    assert told is not None
+    assert "compile_cache.bin: not loaded: " in told
+    assert said in told
+    assert told.endswith("; what it holds is compiled anew")
+    assert torch_cache == []
+
+
+def test_a_file_that_torch_cannot_read_or_the_system(tmp_path: Path, torch_cache: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CompileCache(tmp_path, CPU)
+    compile_something()
+    cache.write()
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: None)
+    assert "WARNING" in str(cache.load())
+    (tmp_path / COMPILE_CACHE).unlink()
+    (tmp_path / COMPILE_CACHE).mkdir()
+    assert str(CompileCache(tmp_path, CPU).load()).endswith("not loaded: Is a directory; what it holds is compiled anew")
+    gone = CompileCache(tmp_path / "gone", CPU)
+    compile_something()
+    assert str(gone.write()).endswith("not written: No such file or directory; the next start compiles again")
+
+
+def test_a_named_file_must_be_there(tiny: Path, tmp_path: Path) -> None:
+    for source in ("nowhere", str(tmp_path), "a\0b", ""):
+        with pytest.raises(TitanError, match=r"train\.compile_cache: .* is neither a compile cache nor a run folder with one"):
+            cache_file(source)
+    (problem,) = check(load(tiny, ["--train.compile=block", "--train.compile_cache=nowhere"])).problems
+    assert problem.startswith("train.compile_cache: 'nowhere' is neither")
+    assert check(load(tiny, ["--train.compile_cache=nowhere"])).problems == []  # nothing is compiled
+
+
+def test_off_and_uncompiled_runs_have_none(tiny: Path) -> None:
+    for settings in (["--train.compile_cache=off", "--train.compile=block"], ["--train.compile=none"]):
+        with Trainer(load(tiny, settings)) as trainer:
+            assert trainer.compile_cache is None
+
+
+@pytest.mark.parametrize(("n_layers", "mode"), [(4, "model"), (5, "block")])
+def test_auto_compiles_shallow_models_whole(tiny: Path, n_layers: int, mode: str) -> None:
+    with Trainer(load(tiny, ["--train.compile=auto", f"--model.n_layers={n_layers}"])) as trainer:
+        assert trainer.compiled == mode
+    told = (trainer.folder.path / "log.txt").read_text()
+    assert f"train.compile: {mode!r} for a model of {n_layers} blocks" in told
+
+
+def test_auto_compiles_sharded_models_by_block() -> None:
+    """FSDP2 gives its modules ``unshard``; what gathers a block would cut the graph of a whole model into pieces."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+    assert compile_module(Module(), "auto") == "model"
+    sharded: Any = Module()
+    sharded.unshard = lambda: None
+    assert compile_module(sharded, "auto") == "block"
+
+
+SCRIPT = """
+import json, sys
+from torch._dynamo.utils import counters
+from titanlm.config import load
+from titanlm.train import Trainer
+with Trainer(load(sys.argv[1], sys.argv[2:])) as trainer:
+    trainer.train()
+found = {name: dict(counters[name]) for name in ("inductor", "aot_autograd")}
+print(json.dumps({name: value for each in found.values() for name, value in each.items() if "cache" in name}))
+"""
+
+
+def started(config: Path, machine: Path, *overrides: str) -> dict[str, int]:
+    """What torch counted in a process whose caches are folders of ``machine``."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(machine / "inductor"), "TRITON_CACHE_DIR": str(machine / "triton"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(config), *overrides]
+    done = subprocess.run(command, env={**os.environ, **folders}, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_fresh_machine_compiles_no_graph_again(tiny: Path, tmp_path: Path, device: str) -> None:
+    """The run folder is all that a second machine gets; training and validation are both in it."""
+    common = ["--train.compile=block", "--scheduler=constant", "--train.validate_every=1", "--model.n_layers=1"]
+    common += [f"--train.device={device}", "--train.deterministic=false", "--data.document_mask=false"]
+    cold = started(tiny, tmp_path / "first", "--run.name=a", "--train.steps=2", *common)
+    cache = tiny.parent / "runs" / "a" / COMPILE_CACHE
+    assert cold["fxgraph_cache_miss"] > 0
+    assert cache.stat().st_size > 10_000
+    warm = started(tiny, tmp_path / "second", "--run.name=a", "--train.steps=4", *common)
+    assert warm.get("fxgraph_cache_miss", 0) == warm.get("autograd_cache_miss", 0) == 0
+    assert warm["autograd_cache_hit"] > 0
+    assert "compiled before" in (cache.parent / "log.txt").read_text()
