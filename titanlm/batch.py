@@ -71,6 +71,17 @@ def stacked(rows: Sequence[Row]) -> Row:
     return Row(positions=np.broadcast_to(rows[0].positions, arrays["tokens"].shape), **arrays)
 
 
+def document_bound(ids: np.ndarray) -> int:
+    """``Batch.max_documents`` of (B, T) ids: a power of two, and at least a 512th of the positions.
+
+    A tensor of that length is part of a compiled graph, so the bound should be
+    the same for batch after batch, with documents more or fewer. Room that is
+    not needed costs kernels little.
+    """
+    n_runs = len(ids) + np.count_nonzero(ids[:, 1:] != ids[:, :-1])
+    return 1 << (max(int(n_runs), ids.size // 512) - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Batch:
     """B rows on one device; every tensor is (B, T)."""
@@ -84,6 +95,8 @@ class Batch:
     """False: plain causal attention over the row, whatever ``document_ids`` says."""
     n_sources: int = 1
     """Datasets that are mixed; a position's source is its document id modulo this."""
+    max_documents: int | None = None
+    """No fewer than there are runs of equal ids in all rows; None: not counted, or not asked for."""
 
     @classmethod
     def of(cls, rows: Row, *, document_mask: bool = True, n_sources: int = 1) -> Batch:
@@ -91,7 +104,8 @@ class Batch:
         import torch
 
         arrays = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in fields(Row)}
-        return cls(**arrays, document_mask=document_mask, n_sources=n_sources)
+        max_documents = document_bound(rows.document_ids) if document_mask else None
+        return cls(**arrays, document_mask=document_mask, n_sources=n_sources, max_documents=max_documents)
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU do not block."""

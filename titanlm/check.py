@@ -372,9 +372,24 @@ def _check_model(config: RunConfig, report: Report) -> None:
         report.problems.append(
             f"parallel.strategy: {config.parallel.strategy!r} shards parameters of one dtype, and the model has {', '.join(sorted(dtypes))}; {remedy}"
         )
+    if (backend := getattr(config.model.config, "attention_backend", "auto")) not in ("auto", "sdpa", "math"):
+        report.problems += _refused(config, backend, model.head_dim)
     report.summary = summary(config, model)
     if report.data:
         report.summary += f"\ndocuments        {', '.join(report.data)}"
+
+
+def _refused(config: RunConfig, backend: str, head_dim: int) -> Iterator[str]:
+    """What the attention backend cannot do of what the config asks; of a machine only that it is to be a CPU."""
+    import torch
+
+    from titanlm.kernels.refusals import refusals
+    from titanlm.precision import DTYPES
+
+    device = torch.device("cpu") if config.train.device == "cpu" else None
+    settings: dict[str, Any] = {"documents": config.data.document_mask, "dtype": DTYPES[config.train.precision], "deterministic": config.train.deterministic}
+    for why in refusals(backend, head_dim, **settings, device=device):
+        yield f"model.attention_backend: {why}"
 
 
 def checkpoint_bytes(config: RunConfig, model: Any) -> int:

@@ -23,7 +23,7 @@ import titanlm
 
 PACKAGES = (
     "triton", "torchao", "torchdata", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "pyarrow", "fsspec", "zstandard", "brotli",
-    "wandb", "tensorboard",
+    "wandb", "tensorboard", "flash-attn-4",
 )  # fmt: skip
 """Reported with their versions."""
 
@@ -159,6 +159,12 @@ def _package_problems(run_config: Any) -> Iterator[str]:
         package = _NEEDED_BY.get((getattr(component, "kind", path.split(".")[0]), name))
         if package is not None and not _installed(package):
             yield f"{path}: {name!r} needs a package that is not installed; run: pip install {package}"
+    backend = getattr(getattr(getattr(run_config, "model", None), "config", None), "attention_backend", "")
+    if backend in ("flash3", "flash4"):
+        from titanlm.kernels.refusals import missing_package  # torch is not needed to tell of other backends
+
+        if remedy := missing_package(backend):
+            yield f"model.attention_backend: {backend!r} needs a package that is not installed: {remedy}; or use 'auto'"
     export = getattr(run_config, "export", None)
     if getattr(export, "at_end", False):
         codec = getattr(getattr(getattr(export, "exporter", None), "config", None), "codec", None)

@@ -82,6 +82,10 @@ class Horizon:
         return min(1.0, done)
 
 
+MEASURED_TOKENS = 65_536
+"""Of a forward pass whose rows are not known yet: many enough to keep a device busy, few enough to fit beside a model."""
+
+
 class Phases:
     """A run's phases: the last one whose start has been reached holds.
 
@@ -128,6 +132,12 @@ class Phases:
     @property
     def max_seq_len(self) -> int:
         return max(phase.seq_len for _, phase in self.stages)
+
+    def largest_pass(self, rows_known: bool) -> tuple[int, int]:
+        """Rows and positions a row of the largest forward pass, for measurements; before ``cut`` so many rows as well may be."""
+        phase = max((phase for _, phase in self.stages), key=lambda phase: phase.micro_batch * phase.seq_len)
+        rows = phase.micro_batch if rows_known else min(phase.rows_per_rank, max(1, MEASURED_TOKENS // phase.seq_len))
+        return rows, phase.seq_len
 
 
 def enter(phase: Phase, model: Any) -> None:

@@ -20,7 +20,6 @@ from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.loggers.text import printable
 from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB
-from titanlm.progress import Phases
 from titanlm.runs import RunFolder
 from titanlm.tokenizers.fingerprint import difference
 from titanlm.tuned import Tuned
@@ -100,13 +99,11 @@ def load_initial(config: RunConfig, model: Any, tokenizer: Any, peers: Peers) ->
     return notes
 
 
-def begin_quantizers(config: RunConfig, model: Any, phases: Phases, *, device: torch.device, compiled: bool, tuned: Tuned) -> list[str]:
-    """Let quantizers do what hangs on the device, on a materialised model of which nothing was traced yet; what they have to say."""
-    # Where the rows that fit are still to be found, as many tokens as they may well be.
-    unknown = config.train.micro_batch_tokens == "auto"
-    n_tokens = max(
-        min(phase.micro_batch * phase.accumulation * phase.seq_len, 65_536) if unknown else phase.micro_batch * phase.seq_len for _, phase in phases.stages
-    )
+def begin_quantizers(config: RunConfig, model: Any, n_tokens: int, *, device: torch.device, compiled: bool, tuned: Tuned) -> list[str]:
+    """Let quantizers do what hangs on the device, on a materialised model of which nothing was traced yet; what they have to say.
+
+    ``n_tokens`` are those of a forward pass.
+    """
     facts = {"n_tokens": n_tokens, "n_head_tokens": chunk_size(n_tokens, config.loss.config.chunk_tokens)}
     notes: list[str] = []
     for entry, names in zip(config.quantizer, quantizer_claims(config, model).claimed, strict=True):

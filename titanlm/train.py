@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from titanlm import checkpoint, randomness
+from titanlm.attention_choice import settle_attention
 from titanlm.best import Best
 from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
 from titanlm.checkpoint import Saved
@@ -174,6 +175,9 @@ class Trainer:
         self.model: Any = model
         self.module = TrainModule(model, config.loss.build()).train()
         set_precision(self.module, train.precision)
+        notes = self.notes
+        rows, seq_len = self.phases.largest_pass(train.micro_batch_tokens != "auto")
+        notes += settle_attention(config, model, self.device, rows, seq_len, self.tuned)
 
         # 8. Recomputation, then sharding, both around a block's forward pass: what is recomputed is what was gathered.
         activation_checkpointing.apply(model.blocks, train.activation_checkpointing)
@@ -184,12 +188,11 @@ class Trainer:
         model.to_empty(device=self.strategy.parameter_device(self.device))
         initialise(model, train.seed)
         fresh = earlier is None and config.checkpoint.initial_load is not None
-        notes = self.notes
         notes += load_initial(config, model, self.tokenizer, self.peers) if fresh else []
 
         # 10. Compiled in place: state keeps its names. Each phase's shapes compile once, when they first come.
         self.compiled = compile_module(self.module, train.compile)
-        notes += begin_quantizers(config, model, self.phases, device=self.device, compiled=self.compiled != "none", tuned=self.tuned)
+        notes += begin_quantizers(config, model, rows * seq_len, device=self.device, compiled=self.compiled != "none", tuned=self.tuned)
         if train.compile == "auto":
             notes.append(f"train.compile: {self.compiled!r} for a model of {len(model.blocks)} blocks")
         self.compile_cache = None

@@ -76,7 +76,7 @@ def test_a_full_cache_and_flex_on_the_cpu_are_errors() -> None:
         model(batch, cache)
     with pytest.raises(TitanError, match='use "auto" or "sdpa"'):
         build(attention_backend="flex", head_dim=16)(batch)
-    with pytest.raises(ValueError, match='attention_backend: "flex" needs head_dim of 16'):
+    with pytest.raises(ValueError, match='attention_backend: "flex" needs heads of a width of 16'):
         build(attention_backend="flex", head_dim=8)
 
 

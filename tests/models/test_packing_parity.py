@@ -79,7 +79,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     elif backend == "flex":
         # Refused on the CPU, where it cannot train. Uncompiled it runs there, without gradients, from the same block mask.
         monkeypatch.setattr(attention, "compiled", lambda function: function)
-        monkeypatch.setattr("titanlm.models.decoder.attention_mask", lambda batch, backend, cache: attention._block_mask(batch.document_ids))
+        monkeypatch.setattr("titanlm.models.decoder.attention_mask", lambda batch, *_: attention._block_mask(batch.document_ids))
     with torch.no_grad():
         yield decoder(backend, device or "cpu")
 

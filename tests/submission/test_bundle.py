@@ -63,7 +63,7 @@ def test_modules_are_those_of_the_run(pr369):
     assert stand_ins == {"checkpoint_copy", "data_state", "distributed.fsdp2", "generate", "initial_load"}
     rest = {name for name in modules - components - stand_ins if "." not in name}
     assert rest == {
-        "averagers", "batch", "best", "calibration",
+        "attention_choice", "averagers", "batch", "best", "calibration",
             "check", "checkpoint", "clipping", "config", "config_sources", "constraints", "course", "data", "datasets", "device",
         "distributed", "environment", "errors", "evaluate", "export", "exported", "exporters", "failures",
             "fitters", "guard", "interrupts", "interval", "kernels", "loggers", "losses",
@@ -374,6 +374,19 @@ def test_what_only_some_configs_use_is_left_out_of_others(pr369):
     for word in ("import fsspec", "cholesky"):
         assert word in unpack(told)
         assert word not in unpack(without)
+
+
+def test_attention_kernels_are_those_that_are_named(pr369):
+    """And nothing is measured: "auto" is what it is without a measurement."""
+    told = {name: unpack(bundle(golf("pr369", f"--model.attention_backend={name}")).content) for name in ("flash3", "flash4", "varlen")}
+    told["auto"] = unpack(pr369["compressed"].content)
+    kernels = {"flash3": "flash_attn_3.fwd", "flash4": "_flash_attn_fwd", "varlen": "_flash_attention_forward"}
+    for name, text in told.items():
+        assert {other for other, word in kernels.items() if word in text} == {name} & kernels.keys()
+        assert ("runs on CUDA alone" in text) == (name != "auto")
+        assert "median" not in text
+        assert "_scaled_dot_product_cudnn_attention_backward" in text
+        assert "_flash_attn_bwd" in text
 
 
 def test_names_of_what_is_left_out_are_still_those_of_something():

@@ -6,31 +6,32 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # Results worth keeping: they cost matrix products to make again. Everything
 # else (norms, rotations, activations) is bound by memory and cheap to repeat.
-_aten = torch.ops.aten
-KEPT: frozenset[Any] = frozenset(
-    getattr(_aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "_scaled_mm",
-        "max",  # of FP8 operands: a number each, which takes a pass over memory to find again
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
+KEPT = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::_scaled_mm",
+        "aten::max",  # of FP8 operands: a number each, which takes a pass over memory to find again
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_flash_attention_forward",
+        "titanlm::flash3_forward",
+        "titanlm::flash4_forward",
+        "titanlm::relu2_product",
+    }
 )
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply(blocks: Iterable[nn.Module], mode: Literal["none", "selective", "full"]) -> None:

@@ -1,57 +1,72 @@
-"""Causal attention by cuDNN forward and, where it is installed, FlashAttention 4 backward.
+"""Causal attention by kernels whose forward and backward are chosen apart.
 
-Both compute the same function from the same intermediates: outputs and the
-logarithm of every row's sum of exponentials, (B, H, T) fp32. So each direction
-can be the faster of the two. FlashAttention 4: the package ``flash-attn-4``.
+Every kernel computes the same function from the same intermediates, the output
+and the natural logarithm of every row's sum of exponentials. So the backward
+pass may be another's than the forward pass, whichever is faster at it. Inside
+documents: those that take cumulative lengths, which is all but cuDNN.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from titanlm.kernels.operator import operator
+from titanlm.kernels.flash2 import flash2_backward, flash2_forward
+from titanlm.kernels.flash3 import flash3_backward, flash3_forward
+from titanlm.kernels.flash4 import flash4_backward, flash4_forward
 
-HAS_FLASH4 = importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _flash4_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
+class Kernel(NamedTuple):
+    """Letters as in ``CausalAttention``; L lengths (n + 1,) int32 or None; lse fp32, (B, H, T), with lengths (H, B·T)."""
 
-    dq, dk, dv = _flash_attn_bwd(q, k, v, y, g, lse, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())[:3]
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    """(q, k, v, L) → (y, lse)."""
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Gradients]
+    """(gradient of y, q, k, v, y, lse, L) → gradients of q, k, v."""
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    y, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False)
+    return y.transpose(1, 2), lse.squeeze(-1)
+
+
+def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, lengths: Tensor | None) -> Gradients:
+    n, seed = q.shape[1], q.new_empty((), dtype=torch.int64)  # of a dropout that there is not
+    heads_first = [x.transpose(1, 2) for x in (g, q, k, v, y)]
+    parts = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*heads_first, lse.unsqueeze(-1), seed, seed, None, None, None, n, n, 0.0, True)
+    dq, dk, dv = (part.transpose(1, 2) for part in parts)
     return dq, dk, dv
 
 
-flash4_backward = operator(
-    "flash4_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse) -> (Tensor, Tensor, Tensor)",
-    _flash4_backward,
-    lambda g, q, k, v, y, lse: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
-)
+KERNELS = {
+    "cudnn": Kernel(_cudnn_forward, _cudnn_backward),
+    "flash4": Kernel(flash4_forward, flash4_backward),
+    "flash3": Kernel(flash3_forward, flash3_backward),
+    "varlen": Kernel(flash2_forward, flash2_backward),
+}
+"""By the name that a config gives them."""
 
 
 class CausalAttention(torch.autograd.Function):
-    """q (B, T, H, dh), k and v (B, T, K, dh), bf16 → (B, T, H, dh)."""
+    """q (B, T, H, dh), k and v (B, T, K, dh), bf16 or fp16, by two of ``KERNELS`` → (B, T, H, dh).
+
+    ``lengths`` (n + 1,) int32 are where the documents of all rows begin, one
+    row after the other, and B·T as often as there is room; None: each row is one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, True, False)
-        ctx.save_for_backward(q, k, v, y, lse, seed, offset)
-        return y.transpose(1, 2)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, forward: str, backward: str) -> Tensor:
+        y, lse = KERNELS[forward].forward(q, k, v, lengths)
+        ctx.save_for_backward(q, k, v, y, lse, lengths)
+        ctx.kernel = backward
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, y, lse, seed, offset = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        if HAS_FLASH4:
-            dq, dk, dv = flash4_backward(g.contiguous(), q, k, v, y.transpose(1, 2), lse.squeeze(-1))
-            return dq, dk, dv
-        n = q.shape[1]
-        parts = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            g.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), y, lse, seed, offset, None, None, None, n, n, 0.0, True
-        )
-        dq, dk, dv = (part.transpose(1, 2) for part in parts)
-        return dq, dk, dv
+        return *KERNELS[ctx.kernel].backward(g.contiguous(), *ctx.saved_tensors), None, None, None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from titanlm.constraints import PositiveFew, PositiveFloat, PositiveInt, Size
-from titanlm.models.layers.attention import FLEX_HEAD_DIM, Attention, attention_mask, usable_backend
+from titanlm.kernels.refusals import refusals
+from titanlm.models.layers.attention import NAMED, Attention, attention_mask, usable_backend
 from titanlm.models.layers.block import Block
 from titanlm.models.layers.cache import KVCache
 from titanlm.models.layers.embedding import Embedding
@@ -62,8 +63,8 @@ class DecoderConfig:
     """Rows of the embedding; unset: the tokenizer's. More than the tokenizer's pads it, to a multiple of 128 for speed, say."""
     init_std: PositiveFloat = 0.02
     """Deviation of fresh matrices; those that end a residual branch have 1/sqrt(2·n_layers) of it, embedding tables and heads at most it."""
-    attention_backend: Literal["auto", "sdpa", "flex", "math"] = "auto"
-    """auto: flex on CUDA when documents are masked, else sdpa. math: plain matrix products, for comparison."""
+    attention_backend: Literal["auto", "cudnn", "flash4", "flash3", "sdpa", "flex", "varlen", "math"] = "auto"
+    """auto: what a measurement at the start of training finds fastest. sdpa: torch's own choice. varlen: FlashAttention 2. math: plain matrix products."""
     expect_params: PositiveInt | None = None
     """What you believe the parameter count to be; off by more than 2 % is an error."""
 
@@ -117,7 +118,7 @@ class Decoder(LanguageModel):
         if cache is not None:
             cache.reserve(batch.tokens.shape[1])
         # First, because a block mask is built outside the graph of a compiled model: what follows is then one graph.
-        mask = attention_mask(batch, self.attention_backend, cache)
+        mask = attention_mask(batch, self.attention_backend, cache, self.head_dim, self.embedding.compute_dtype)
         x = self.embedding(batch.tokens)
         rotary = rotary_tables(batch.positions, self.head_dim, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.blocks):
@@ -182,8 +183,8 @@ def _problems(config: DecoderConfig, vocab_size: int, max_seq_len: int) -> list[
         problems.append(f"n_heads: {c.n_heads} heads do not divide d_model = {c.d_model}; change either or set head_dim")
     elif (head_dim := c.head_dim or c.d_model // c.n_heads) % 2:
         problems.append(f"head_dim: must be even for rotary positions, is {head_dim}{'' if c.head_dim else ' (d_model / n_heads)'}")
-    if c.attention_backend == "flex" and (c.head_dim or c.d_model // c.n_heads) < FLEX_HEAD_DIM:
-        problems.append(f'attention_backend: "flex" needs head_dim of {FLEX_HEAD_DIM} or more; use "auto"')
+    if c.attention_backend in NAMED:
+        problems += (f"attention_backend: {why}" for why in refusals(c.attention_backend, c.head_dim or c.d_model // c.n_heads))
     if c.n_kv_heads is not None and c.n_heads % c.n_kv_heads:
         problems.append(f"n_kv_heads: {c.n_kv_heads} does not divide n_heads = {c.n_heads}")
     if c.vocab_size is not None and c.vocab_size < vocab_size:

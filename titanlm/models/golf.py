@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from titanlm.constraints import NonNegativeFew, PositiveFew, PositiveFloat, PositiveInt, Size
 from titanlm.kernels.fused import fused
 from titanlm.kernels.mix import Mix
-from titanlm.models.layers.attention import FLEX_HEAD_DIM, Attention, Mask, attention_mask, usable_backend
+from titanlm.kernels.refusals import refusals
+from titanlm.models.layers.attention import NAMED, Attention, Mask, attention_mask, usable_backend
 from titanlm.models.layers.bigram_hash import BigramHash
 from titanlm.models.layers.cache import KVCache, LayerCache
 from titanlm.models.layers.embedding import Embedding
@@ -97,8 +98,8 @@ class GolfConfig:
     """torch's default for fp32."""
     vocab_size: Size | None = None
     """Rows of the embedding; unset: the tokenizer's."""
-    attention_backend: Literal["auto", "sdpa", "flex", "math"] = "auto"
-    """auto: flex on CUDA when documents are masked, else sdpa. math: plain matrix products, for comparison."""
+    attention_backend: Literal["auto", "cudnn", "flash4", "flash3", "sdpa", "flex", "varlen", "math"] = "auto"
+    """auto: what a measurement at the start of training finds fastest. sdpa: torch's own choice. varlen: FlashAttention 2. math: plain matrix products."""
     expect_params: PositiveInt | None = None
     """What you believe the parameter count to be; off by more than 2 % is an error."""
 
@@ -224,7 +225,7 @@ class Golf(LanguageModel):
             tokens, places = cache.with_context(tokens, batch.positions)
             row_starts = document_starts = places == 0
         # First, because a block mask is built outside the graph of a compiled model: what follows is then one graph.
-        mask = attention_mask(batch, self.attention_backend, cache)
+        mask = attention_mask(batch, self.attention_backend, cache, self.head_dim, self.embedding.compute_dtype)
         x = self.embedding(tokens)
         if self.bigram is not None:
             starts = document_starts if batch.document_mask else row_starts
@@ -303,8 +304,8 @@ def _problems(config: GolfConfig, vocab_size: int) -> list[str]:
         problems.append("rope.reference_tokens: heads of width 2 have one frequency, which no base changes; leave it unset")
     if c.n_heads % c.n_kv_heads:
         problems.append(f"n_kv_heads: {c.n_kv_heads} does not divide n_heads = {c.n_heads}")
-    if c.attention_backend == "flex" and c.d_model // c.n_heads < FLEX_HEAD_DIM:
-        problems.append(f'attention_backend: "flex" needs heads of width {FLEX_HEAD_DIM} or more; use "auto"')
+    if c.attention_backend in NAMED:
+        problems += (f"attention_backend: {why}" for why in refusals(c.attention_backend, c.d_model // c.n_heads))
     if c.exclusive_last > c.n_layers:
         problems.append(f"exclusive_last: {c.exclusive_last} layers of {c.n_layers}")
     if c.bigram_buckets == 1:

@@ -42,6 +42,7 @@ LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
 """Module, or definition of one → a setting, and its values with which nothing of it is called; no setting: a bundle never does."""
 
 WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "titanlm.check._refused": ("model.attention_backend", lambda name: name not in ("auto", "sdpa", "math")),
     "titanlm.calibration": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
     "titanlm.datasets.files._remote": ("*", lambda value: "://" in str(value)),
     "titanlm.datasets.files.filesystem_of": ("*", lambda value: "://" in str(value)),
@@ -51,12 +52,22 @@ WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "titanlm.distributed.compile_cache": ("train.compile_cache", lambda kept: kept != "off"),
     "titanlm.micro_batch": ("train.micro_batch_tokens", lambda tokens: tokens == "auto"),
     "titanlm.optimizers.adamw.CompactAdamW": ("optimizer.*.moments", lambda moments: moments != "fp32"),
+    "titanlm.kernels.flash2": ("model.attention_backend", lambda name: name == "varlen"),
+    "titanlm.kernels.flash3": ("model.attention_backend", lambda name: name == "flash3"),
+    "titanlm.kernels.flash4.flash4_forward": ("model.attention_backend", lambda name: name == "flash4"),
+    "titanlm.kernels.lengths.cumulative_lengths": ("model.attention_backend", lambda name: name in ("flash3", "flash4", "varlen")),
+    "titanlm.kernels.refusals.refusals": ("model.attention_backend", lambda name: name not in ("auto", "sdpa", "math")),
+    "titanlm.kernels.refusals.require": ("model.attention_backend", lambda name: name not in ("auto", "sdpa", "math")),
     "titanlm.quantizers.gptq": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
 }
 """Module, or definition of one → a pattern of settings, and with which values of theirs it is called; it is in where one has such a value."""
 
-UNSAID = frozenset({"titanlm.config_sources._key_lines"})
-"""Functions that yield nothing here instead of refusing: in which line a key stands says nothing of a config that its user has no file of."""
+UNSAID = frozenset({"titanlm.attention_choice.settle_attention", "titanlm.config_sources._key_lines"})
+"""Functions that yield nothing here instead of refusing.
+
+In which line a key stands says nothing of a config that its user has no file
+of; and what a submission computes with is not measured where it counts.
+"""
 
 _ROOT = Path(__file__).parents[1]
 

@@ -1,14 +1,21 @@
-"""Causal attention with grouped queries, inside documents, on three backends.
+"""Causal attention with grouped queries, inside documents, by one of several backends.
 
 What a query may see is decided once a forward pass (:func:`attention_mask`)
 and handed to every layer in the form that its kernel wants:
 
-* None: plain causal. Only this reaches the flash kernels of SDPA (cuDNN on
-  Hopper), which know no documents.
+* None: plain causal.
 * a bool tensor (B, 1, T, S), True where seen: document masking through SDPA
   or plain matrix products, with memory quadratic in T.
 * a ``BlockMask``: document masking through FlexAttention, which skips blocks
   without a visible pair. Its backward exists on CUDA alone.
+* cumulative lengths, (n + 1,) int32: document masking by the kernels of
+  FlashAttention, to which a document is a sequence (``titanlm.kernels.lengths``).
+
+A backend that a config names serves training and scoring, or refuses
+(``titanlm.kernels.refusals``). Decoding with a cache is SDPA's under any name
+but "math". What "auto" is, the trainer may decide by measurement
+(``titanlm.attention_choice``): a name, or two of kernels, "cudnn+flash4" for
+the forward pass of one and the backward pass of the other.
 
 Grouped queries: Ainslie et al. 2023, arXiv:2305.13245. Query and key norms:
 Henry et al. 2020, arXiv:2010.04245. FlexAttention: Dong et al. 2024,
@@ -26,9 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.environment import c_compiler
-from titanlm.errors import TitanError
-from titanlm.kernels.causal_attention import CausalAttention
+from titanlm.kernels.causal_attention import KERNELS, CausalAttention
+from titanlm.kernels.flash4 import HAS_FLASH4
 from titanlm.kernels.fused import fused
+from titanlm.kernels.lengths import cumulative_lengths
+from titanlm.kernels.refusals import FLEX_HEAD_DIM, require
 from titanlm.kernels.rotate import RotatedHeads
 from titanlm.models.layers.compiled import compiled
 from titanlm.models.layers.linear import Linear
@@ -42,16 +51,16 @@ if TYPE_CHECKING:
     from titanlm.batch import Batch
     from titanlm.models.layers.cache import KVCache, LayerCache
 
-Backend: TypeAlias = Literal["auto", "sdpa", "flex", "math"]
+Backend: TypeAlias = Literal["auto", "cudnn", "flash4", "flash3", "sdpa", "flex", "varlen", "math"]
 QkNorm: TypeAlias = Literal["none", "learned", "plain"]
 Mask: TypeAlias = "Tensor | BlockMask | None"
 
 
-FLEX_HEAD_DIM = 16
-"""Narrower heads are refused by FlexAttention's kernels."""
+NAMED = frozenset({*KERNELS, "flex"})
+"""Backends that may refuse."""
 
 
-def usable_backend(backend: Backend, head_dim: int) -> Backend:
+def usable_backend(backend: Backend, head_dim: int) -> str:
     """ "auto" as it is where FlexAttention can be compiled (triton, a C compiler, heads wide enough), else "sdpa"."""
     if backend == "auto" and (head_dim < FLEX_HEAD_DIM or importlib.util.find_spec("triton") is None or c_compiler() is None):
         return "sdpa"
@@ -76,7 +85,7 @@ class Attention(nn.Module):
         *,
         qk_norm: QkNorm,
         norm_eps: float,
-        backend: Backend,
+        backend: str,
         q_gain: bool = False,
         exclusive: bool = False,
     ) -> None:
@@ -104,11 +113,10 @@ class Attention(nn.Module):
         if past is not None:
             cache, positions, used = past
             k, v = cache.update(positions, k, v, used)
-        if mask is None and past is None and self.backend != "math" and fused(x):
-            y = CausalAttention.apply(q, k, v)
+        if past is None and (kernels := _kernels(self.backend, mask, q)):
+            y = CausalAttention.apply(q, k, v, mask, *kernels)
         else:
-            attend = _attend_math if self.backend == "math" else _attend_sdpa if mask is None or isinstance(mask, Tensor) else _attend_flex
-            y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+            y = attend_by_torch(self.backend, q, k, v, mask)
         if self.exclusive:
             y = exclude_own_value(y, own)
         return self.o_proj(y.flatten(2))
@@ -143,24 +151,38 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
-def attention_mask(batch: Batch, backend: Backend, cache: KVCache | None = None) -> Mask:
+def _kernels(backend: str, mask: Mask, q: Tensor) -> tuple[str, str] | None:
+    """Names of the kernels, forward and backward; None where torch's own functions serve."""
+    if backend == "auto":
+        if mask is not None or not fused(q) or q.shape[-1] % 8 or q.shape[-1] > 128:
+            return None
+        if HAS_FLASH4:
+            return "cudnn", "flash4"
+        return None if torch.are_deterministic_algorithms_enabled() else ("cudnn", "cudnn")
+    forward, _, backward = backend.partition("+")
+    return (forward, backward or forward) if forward in KERNELS else None
+
+
+def attention_mask(batch: Batch, backend: str, cache: KVCache | None, head_dim: int, dtype: torch.dtype) -> Mask:
     """What each position of ``batch`` sees, for every layer of one forward pass.
 
     With a cache the batch is a continuation of one document a row, and a
-    position sees the slots up to its own. Raises TitanError where "flex" is
-    asked for without a CUDA device.
+    position sees the slots up to its own. Raises TitanError where the backend
+    cannot serve heads of this width and dtype on the batch's device.
     """
     positions, ids = batch.positions, batch.document_ids
     if cache is not None:
         slots = torch.arange(cache.used, device=positions.device)
         return (slots <= positions[..., None])[:, None]
-    on_cuda = positions.device.type == "cuda"
-    if backend == "flex" and not on_cuda:
-        raise TitanError(f'model.attention_backend = "flex" trains on CUDA alone, not on {positions.device.type}; use "auto" or "sdpa"')
-    if backend == "flex" or (backend == "auto" and on_cuda and batch.document_mask):
+    if backend in NAMED and not torch.compiler.is_compiling():
+        deterministic = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
+        require(backend, head_dim, documents=batch.document_mask, dtype=dtype, deterministic=deterministic, device=positions.device)
+    if backend == "flex" or (backend == "auto" and positions.is_cuda and batch.document_mask):
         return _build_block_mask(ids if batch.document_mask else torch.zeros_like(ids))
     if not batch.document_mask:
         return None
+    if backend.partition("+")[0] in KERNELS:
+        return cumulative_lengths(ids, batch.max_documents)
     n = ids.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
     return (causal & (ids[:, :, None] == ids[:, None, :]))[:, None]
@@ -192,6 +214,12 @@ def keep_block_masks_outside_graphs() -> None:
     """
     global _build_block_mask
     _build_block_mask = torch.compiler.disable(_block_mask)
+
+
+def attend_by_torch(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """q (B, T, H, dh), k and v (B, S, K, dh) → (B, T, H, dh), by torch's own functions: "math", else FlexAttention or SDPA as the mask is."""
+    attend = _attend_math if backend == "math" else _attend_sdpa if mask is None or isinstance(mask, Tensor) else _attend_flex
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
 
 
 # Each takes q (B, H, T, dh), k and v (B, K, S, dh) and gives (B, H, T, dh) in the dtype of q.
