@@ -52,6 +52,7 @@ from titanlm.failures import is_lost_connection, is_out_of_memory, out_of_memory
 from titanlm.guard import FiniteGuard
 from titanlm.interrupts import Interrupted, Interrupts
 from titanlm.interval import Interval
+from titanlm.kernels.fused import use_kernels
 from titanlm.loggers.group import LoggerGroup
 from titanlm.loggers.text import printable
 from titanlm.metrics import StepMeter, bits_per_byte, peak_flops
@@ -175,6 +176,7 @@ class Trainer:
         self.model: Any = model
         self.module = TrainModule(model, config.loss.build()).train()
         set_precision(self.module, train.precision)
+        use_kernels(self.module, train.kernels)
         notes = self.notes
         rows, seq_len = self.phases.largest_pass(train.micro_batch_tokens != "auto")
         notes += settle_attention(config, model, self.device, rows, seq_len, self.tuned)

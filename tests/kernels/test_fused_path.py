@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from titanlm.batch import Batch
 from titanlm.kernels import mix, relu2, rotate
-from titanlm.kernels.fused import fused
+from titanlm.kernels.fused import fused, use_kernels
 from titanlm.models import decoder, golf
 from titanlm.models.layers import attention, feed_forward, rope
 
@@ -139,6 +139,20 @@ def test_same_as_the_plain_way(model, monkeypatch, compile):
 )
 def test_shapes_told_to_the_compiler(operator, arguments):
     torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_plain_if_asked_for(model, monkeypatch):
+    for module in (golf, attention, feed_forward):
+        monkeypatch.setattr(module, "fused", lambda x: True)
+    calls = []
+    monkeypatch.setattr(rotate, "heads_forward", lambda *arguments: calls.append(arguments) or _rotated(*arguments))
+    use_kernels(model, "fused")
+    model(batch())
+    assert calls
+    calls.clear()
+    use_kernels(model, "plain")
+    model(batch())
+    assert not calls
 
 
 def test_kernels_are_for_training_on_cuda():

@@ -110,6 +110,7 @@ class GolfBlock(nn.Module):
     def __init__(self, config: GolfConfig, attention: Attention) -> None:
         super().__init__()
         c = config
+        self.fuses = True
         self.residual_mix = nn.Parameter(torch.empty(2, c.d_model, dtype=torch.float32))
         self.attention_norm = RMSNorm(c.d_model, c.norm_eps, learned=False)
         self.attention = attention
@@ -131,7 +132,7 @@ class GolfBlock(nn.Module):
 
         Gives the output, and ``x`` and ``x0`` again, through which the gradients of their later uses come back.
         """
-        if fused(x):
+        if self.fuses and fused(x):
             return self._fused_forward(x, x0, rotary, mask, skip)
         mix, given = self.residual_mix.to(x.dtype), x
         if skip is not None:
