@@ -275,7 +275,6 @@ class Trainer:
         self.loggers.message(f"{self.n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {documents}")
         for note in [*notes, *room_for_checkpoints(config, model, self.checkpoints)]:
             self.loggers.message(note)
-        self.tuned.tell = lambda line: self.loggers.message(line)  # a rollback makes new loggers
 
     def _size_micro_batches(self, to_come_bytes: int) -> RunConfig:
         """Cut the phases into micro-batches of the rows that fit; the config that says so by a number."""
