@@ -40,8 +40,6 @@ def compile_something() -> None:
 def test_what_is_written_is_loaded_and_only_what_is_new_is_written(tmp_path: Path, torch_cache: list[bytes]) -> None:
     cache = CompileCache(tmp_path, CPU)
     assert cache.load() is None
-    assert cache.write() is None  # nothing was compiled since
-    compile_something()
     assert cache.write() == f"what was compiled is in {tmp_path / COMPILE_CACHE}, 0.0 MiB"
     compile_something()
     assert cache.write() is None  # torch would give what it cannot read again
@@ -56,8 +54,7 @@ def test_what_is_written_is_loaded_and_only_what_is_new_is_written(tmp_path: Pat
     for source in (str(tmp_path), str(tmp_path / COMPILE_CACHE)):
         other = CompileCache(tmp_path / "b", CPU, source)
         assert other.load() == f"compiled before: 0.0 MiB of {tmp_path / COMPILE_CACHE}"
-    compile_something()
-    other.write()
+    assert other.write() is not None  # though nothing was new: its folder is to have all
     assert CompileCache(tmp_path / "b", CPU, str(tmp_path)).source == tmp_path / "b" / COMPILE_CACHE
 
 

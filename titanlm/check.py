@@ -76,9 +76,10 @@ def _check(config: RunConfig) -> Report:
     train = config.train
     report.problems += micro_batch_problems(train)
     if train.compile != "none" and train.compile_cache not in ("run", "off"):
-        from titanlm.distributed.compile_cache import cache_file
+        from titanlm.distributed.compile_cache import COMPILE_CACHE, cache_file
 
-        report.attempt("train", lambda: cache_file(train.compile_cache))
+        if not (Path(config.run.dir) / config.run.name / COMPILE_CACHE).exists():  # which comes first
+            report.attempt("train", lambda: cache_file(train.compile_cache))
     if train.sample_every and not train.sample_prompt:
         report.warnings.append("train.sample_prompt: empty; samples start from an empty document")
     if config.profile is not None and config.profile.start > train.steps:

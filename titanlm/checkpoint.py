@@ -501,11 +501,36 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     groups = optimizer.state_dict()["param_groups"]
     for group, stored in zip(groups, fit(state["groups"]), strict=True):
         group.update({key: value for key, value in stored.items() if key not in CONFIGURED and not key.startswith("peak_")})
+    for parameter, loaded in values.items():
+        _require_form(optimizer, names[parameter], parameter, own[parameter], loaded)
+    if values.keys() == set(owned) and all(own[parameter].keys() == loaded.keys() for parameter, loaded in values.items()):
+        # Into what is there: no second copy, and no cast on the way, which would ruin codes of moments.
+        for parameter, loaded in values.items():
+            for key, value in loaded.items():
+                own[parameter][key] = own[parameter][key].copy_(value) if isinstance(value, Tensor) else value
+        for group, stored in zip(optimizer.param_groups, groups, strict=True):
+            group.update({key: value for key, value in stored.items() if key != "params"})
+        return
     # Through load_state_dict, which puts each value where the optimizer wants it (fused Adam: steps on the device).
     numbered = {index: values[parameter] for index, parameter in enumerate(owned) if parameter in values}
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
     for parameter, loaded in values.items():
         for key, value in loaded.items():
-            # It also casts to the parameter's dtype, which would ruin integers and 8-bit moments.
+            # It also casts to the parameter's dtype, which would ruin momentum that an optimizer keeps in fewer bits.
             if isinstance(value, Tensor) and optimizer.state[parameter][key].dtype != value.dtype:
                 optimizer.state[parameter][key] = value.to(optimizer.state[parameter][key].device)
+
+
+def _require_form(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, own: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Raise CheckpointError when state was kept in another form than the optimizer's: by what it has made, or else, for torch's own, the parameter's dtype."""
+    saved = {key: value.dtype for key, value in loaded.items() if isinstance(value, Tensor) and key != "step"}
+    if own:
+        wanted = {key: value.dtype for key, value in own.items() if isinstance(value, Tensor) and key != "step"}
+    elif type(optimizer).__module__.startswith("torch.optim"):
+        wanted = dict.fromkeys(saved, parameter.dtype)
+    else:
+        return
+    if saved != wanted:
+        before, now = (", ".join(f"{key} {str(dtype).removeprefix('torch.')}" for key, dtype in form.items()) for form in (saved, wanted))
+        remedy = "go back to the optimizer's former settings (moments), or begin a new run from the weights with checkpoint.initial_load"
+        raise CheckpointError(f"optimizer state of {name} was saved as {before}, and this optimizer keeps {now}; {remedy}")

@@ -147,8 +147,18 @@ def _device_problems(run_config: Any) -> Iterator[str]:
         return
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield f"train.precision: {torch.cuda.get_device_name()} has no bf16; use 'fp32'"
+    if compiled not in ("", "none"):
+        yield from _moments_problems(run_config)
     if compiled not in ("", "none") and not _installed("triton"):
         yield f"train.compile: {compiled!r} needs triton on a GPU; run: pip install triton, or use 'none'"
+
+
+def _moments_problems(run_config: Any) -> Iterator[str]:
+    import torch
+
+    for index, entry in enumerate(getattr(run_config, "optimizer", ())):
+        if getattr(entry.config, "moments", "") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+            yield f"optimizer.{index}.moments: 'fp8' needs a GPU of compute capability 8.9 or newer where a run is compiled; use 'int8'"
 
 
 def _package_problems(run_config: Any) -> Iterator[str]:

@@ -48,11 +48,9 @@ def encode_tensors(config: RunConfig, model: Any, tensors: Mapping[str, Tensor],
     if claims.problems:
         raise ConfigError([f"quantizer.{problem}" for problem in claims.problems], "export")
     encoded: dict[str, Encoded | Tensor] = {}
+    built = [entry.build() for entry in config.quantizer]
     claimed = dict.fromkeys(tensors, None) | {
-        name: quantizer.build()
-        for quantizer, names in zip(config.quantizer, claims.claimed, strict=True)
-        for name in names
-        if hasattr(quantizer.build(), "encode")
+        name: quantizer for quantizer, names in zip(built, claims.claimed, strict=True) if hasattr(quantizer, "encode") for name in names
     }
     for name, tensor in tensors.items():
         quantizer = claimed[name]

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from titanlm import randomness
-from titanlm.batch import Batch
+from titanlm.batch import Batch, document_bound
 from titanlm.config import RunConfig
 from titanlm.distributed.strategy import Strategy, shards_of
 from titanlm.distributed.world import Peers, World
@@ -108,6 +108,8 @@ class Probe:
             "compile": train.compile,
             "activation_checkpointing": train.activation_checkpointing,
             "chunk_tokens": getattr(self.config.loss.config, "chunk_tokens", 0),
+            "parallel": [parallel.strategy, parallel.reshard_after_forward, parallel.gather_dtype, parallel.prefetch_blocks, parallel.cpu_offload],
+            "to_come_bytes": self.to_come_bytes,
         }
 
     def _found(self, shape: Shape) -> dict[str, Any]:
@@ -227,6 +229,12 @@ def to_come(config: RunConfig, model: Any, world: World) -> int:
     return moments + (sum(kept.get(name, 0) for name in ("weights", "average")) + moments) * bool(config.train.priming_steps)
 
 
+def moments_held(optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> int:
+    """Bytes of state that optimizers have made already, which the device no longer has free; on a CPU none, where zeros take no memory until they change."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()] if device.type == "cuda" else []
+    return sum(_local_bytes(value) for state in states for value in state.values() if isinstance(value, Tensor) and value.device.type == "cuda")
+
+
 # ---------------------------------------------------------------- the search
 def divisors(n: int) -> list[int]:
     """Ascending."""
@@ -269,14 +277,16 @@ def made_up(rows: int, seq_len: int, vocab_size: int, n_sources: int, *, documen
     tokens = torch.randint(vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
     second = torch.arange(seq_len) >= seq_len // 2
     positions = torch.arange(seq_len, dtype=torch.int32) - second * (seq_len // 2)
+    ids = 2 * torch.arange(rows)[:, None] + second
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
         positions=positions.to(torch.int32).expand(rows, -1).contiguous(),
-        document_ids=2 * torch.arange(rows)[:, None] + second,
+        document_ids=ids,
         target_bytes=torch.ones(rows, seq_len, dtype=torch.int32),
         document_mask=document_mask,
         n_sources=n_sources,
+        max_documents=document_bound(ids.numpy()) if document_mask else None,
     )
 
 

@@ -17,7 +17,10 @@ RESUMABLE = (
 RESUMABLE_DATA = ("data.prefetch", "data.workers", "data.epochs", "data.on_error", "data.start")
 RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports", "spike.")
 """Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
-RESUMABLE_ROUNDING = ("train.threads", "train.micro_batch", "train.activation_checkpointing", "train.compile", "loss.chunk_tokens", "parallel.")
+RESUMABLE_ROUNDING = (
+    *("train.threads", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.kernels"),
+    *("loss.chunk_tokens", "parallel."),
+)
 """Those that change the steps that follow by rounding alone; they are the remedies for a lack of memory, or of machines."""
 
 

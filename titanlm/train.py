@@ -178,6 +178,13 @@ class Trainer:
         set_precision(self.module, train.precision)
         use_kernels(self.module, train.kernels)
         notes = self.notes
+        self.compile_cache = None
+        if train.compile_cache != "off" and train.compile != "none":
+            from titanlm.distributed.compile_cache import CompileCache
+
+            self.compile_cache = self.peers.agree(lambda: CompileCache(self.folder.path, self.device, train.compile_cache))
+            if loaded := self.compile_cache.load():  # before anything is compiled, to be measured or to train
+                notes.append(loaded)
         rows, seq_len = self.phases.largest_pass(train.micro_batch_tokens != "auto")
         notes += settle_attention(config, model, self.device, rows, seq_len, self.tuned)
 
@@ -197,13 +204,6 @@ class Trainer:
         notes += begin_quantizers(config, model, rows * seq_len, device=self.device, compiled=self.compiled != "none", tuned=self.tuned)
         if train.compile == "auto":
             notes.append(f"train.compile: {self.compiled!r} for a model of {len(model.blocks)} blocks")
-        self.compile_cache = None
-        if train.compile_cache != "off" and self.compiled != "none":
-            from titanlm.distributed.compile_cache import CompileCache
-
-            self.compile_cache = self.peers.agree(lambda: CompileCache(self.folder.path, self.device, train.compile_cache))
-            if loaded := self.compile_cache.load():
-                notes.append(loaded)
         self.forward = self.strategy.wrap(self.module)
 
         # 11. Optimizers over the materialised parameters; each knows the peaks of what is scheduled.
@@ -278,8 +278,9 @@ class Trainer:
 
     def _size_micro_batches(self, to_come_bytes: int) -> RunConfig:
         """Cut the phases into micro-batches of the rows that fit; the config that says so by a number."""
-        from titanlm.micro_batch import Probe
+        from titanlm.micro_batch import Probe, moments_held
 
+        to_come_bytes -= moments_held(self.optimizers, self.device)
         probe = Probe(
             config=self.config,
             model=self.model,
@@ -474,9 +475,9 @@ class Trainer:
 
     def _keep_compiled(self) -> None:
         """Write what was compiled, the first time that there is something new."""
-        if self.compile_cache is not None and self.world.rank == 0:
-            with self.meter.pause():
-                if told := self.compile_cache.write():
+        if self.compile_cache is not None:
+            with self.meter.pause():  # of every rank: the slowest clock counts
+                if told := self.peers.first(self.compile_cache.write):
                     self.loggers.message(told)
 
     def _between_steps(self, step: int) -> None:

@@ -116,6 +116,23 @@ def test_compact_moments_stay_close_to_float64(form: str, tolerance: float) -> N
     assert (parameters[0] - twin).norm() < tolerance * (twin - start).norm()
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.95), (0.0, 0.0)])
+@pytest.mark.parametrize("form", COMPACT)
+def test_a_beta_of_zero_forgets_at_once(form: str, betas: tuple[float, float]) -> None:
+    """As torch's does: with both at 0 the step is the sign of the gradient, whatever came before."""
+    (parameter,), optimizer = compact(form, {"w": (64, 64)}, betas=betas, lr=0.1, weight_decay=0.0)
+    theirs = torch.nn.Parameter(parameter.detach().clone())
+    reference = torch.optim.AdamW([theirs], lr=0.1, betas=betas, weight_decay=0.0)
+    for seed in range(3):
+        parameter.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+        theirs.grad = parameter.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert (parameter - theirs).abs().max() < 0.15 * 0.3
+    if betas == (0.0, 0.0):
+        torch.testing.assert_close(parameter, theirs, rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize(("form", "theirs"), [("int8", "AdamW8bit"), ("fp8", "AdamWFp8")])
 def test_equals_torchao(form: str, theirs: str) -> None:
     """Rows of a multiple of 256, where its blocks are ours; its rate is a tensor, and its step is compiled unless told otherwise."""

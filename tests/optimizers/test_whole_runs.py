@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from titanlm import checkpoint
 from titanlm.config import load
+from titanlm.errors import CheckpointError
 from titanlm.train import Trainer
 
 FALLING = '{name="linear", min_factor=0.5}'
@@ -80,3 +81,30 @@ def test_a_compiled_run_compiles_once_and_resumes_to_the_bit(tiny: Path) -> None
         assert (value - eager[f"/model{name}"]).norm() < 0.02 * value.norm(), name
     stopped(tiny, 4, *compiled)
     assert_equal(trained(tiny, "stopped", *compiled), straight)
+
+
+@pytest.mark.parametrize(("before", "after"), [("int8", "fp32"), ("fp32", "int8"), ("bf16", "fp32"), ("int8", "fp8")])
+def test_moments_of_another_form_are_refused_by_name(tiny: Path, before: str, after: str) -> None:
+    form = '--optimizer=[{{name="adamw", moments="{}"}}]'
+    overrides = ("--model.d_model=64", "--validation=[]", "--run.name=other")
+    with Trainer(load(tiny, [*overrides, form.format(before)])) as trainer:
+        trainer.train_step()
+        trainer.save(wait=True)
+    with pytest.raises(CheckpointError, match=r"optimizer state of \S+ was saved as exp_avg.* and this optimizer keeps exp_avg.*initial_load"):
+        Trainer(load(tiny, [*overrides, form.format(after), '--checkpoint.allow_changes=["optimizer"]']))
+
+
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_momentum_of_another_dtype_goes_on_in_the_one_asked_for(tiny: Path, mode: str) -> None:
+    overrides = ("--model.d_model=64", "--validation=[]", "--run.name=moved", f"--train.compile={mode}")
+    form = '--optimizer=[{{name="muon", ns_dtype="fp32", momentum_dtype="{}"}}, {{name="adamw"}}]'
+    with Trainer(load(tiny, [*overrides, form.format("bf16")])) as trainer:
+        trainer.train_step()
+        trainer.save(wait=True)
+    with Trainer(load(tiny, [*overrides, form.format("fp32"), '--checkpoint.allow_changes=["optimizer"]'])) as trainer:
+        buffer = next(state["momentum_buffer"] for state in trainer.optimizers[0].state.values())
+        before = buffer.clone()
+        trainer.train_step()
+        buffer = next(state["momentum_buffer"] for state in trainer.optimizers[0].state.values())
+        assert buffer.dtype == torch.float32
+        assert not torch.equal(buffer, before.float())

@@ -16,8 +16,8 @@ MAX_GRAPHS = 64
 
 SHALLOW = 4
 """Blocks up to which ``auto`` compiles a model whole. That takes as much longer as there are blocks, where by block they cost no more than one (the
-first step of a tiny model on two CPU cores: 2 blocks 31 s whole and 32 s by block, 6 blocks 55 s and 19 s), and models of 11 and 12 blocks were no faster
-for it on a GPU (docs/performance.md)."""
+first step of a tiny model on two CPU cores: 2 blocks 31 s whole and 32 s by block, 6 blocks 55 s and 19 s), so a deep one pays
+for it in every start, whether it then gains or not (docs/performance.md has both)."""
 
 
 def compile_module(module: Any, mode: Literal["none", "auto", "block", "model"]) -> Literal["none", "block", "model"]:

@@ -83,7 +83,7 @@ class CompileCache:
         what came after the first is found again in it (seen with 2.13). What is
         compiled later is written by the next start, which compiles it too.
         """
-        if self._misses is None or misses() == self._misses:
+        if self._misses is None or (misses() == self._misses and self.path.exists()):
             return None
         self._misses = None
         saved = torch.compiler.save_cache_artifacts()

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from titanlm.environment import c_compiler
 
-def _has_kernels(index: int | None) -> bool:
-    """Whether a CUDA device is one that they were written for, Hopper or newer, and Triton is there to build them."""
-    return torch.cuda.get_device_capability(index) >= (9, 0) and importlib.util.find_spec("triton") is not None
+
+@cache
+def _found(index: int | None) -> bool:
+    written_for = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+    return written_for and importlib.util.find_spec("triton") is not None and c_compiler() is not None
+
+
+def serve(index: int | None) -> bool:
+    """Whether they serve on the CUDA device of this number: one they were written for, with Triton and the C compiler it calls."""
+    return _found(index)
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler.
-_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fused(x: Tensor) -> bool:
     """In training in bf16 on such a device. Scoring takes the plain way: it is where hooks of layers look on, and where no gradient has to be cheap."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.is_grad_enabled() and _has_kernels(x.device.index)
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.is_grad_enabled() and serve(x.device.index)
 
 
 def use_kernels(module: nn.Module, kernels: Literal["fused", "plain"]) -> None:

@@ -91,7 +91,8 @@ def advance_(
     step, gradient = state["step"] + 1.0, gradient.float()
     mean = decode(first, signed).lerp(gradient, 1.0 - betas[0])
     square = decode(second, unsigned).lerp(gradient.square(), 1.0 - betas[1])
-    corrections = [-torch.expm1(step * math.log(beta)) for beta in betas]  # 1 − βᵗ, without the digits that the difference loses
+    # 1 − βᵗ, without the digits that the difference loses.
+    corrections = [-torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step) for beta in betas]
     update = mean / corrections[0] / ((square / corrections[1]).sqrt() + eps)
     moved = parameter.float() * decay - update * rate
     new = [moved.to(parameter.dtype), step, *encode(mean, first, signed, signed=True), *encode(square, second, unsigned, signed=False)]

@@ -117,9 +117,11 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, members: list[Tensor], bad: Tensor | None, lr: float, momentum: float, weight_decay: float) -> None:
         for parameter in members:
-            if "momentum_buffer" not in self.state[parameter]:
-                dtype = torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.dtype
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+            dtype, state = torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.dtype, self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+            elif state["momentum_buffer"].dtype != dtype:  # taken up from a run that kept it in another
+                state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
         parameters = [_local(parameter) for parameter in members]
         gradients = [_local(parameter.grad) for parameter in members]
         buffers = [_local(self.state[parameter]["momentum_buffer"]) for parameter in members]

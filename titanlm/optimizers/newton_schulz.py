@@ -22,12 +22,12 @@ operations for m × n a half of 2·m²·n + 2·m³ is left out.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from titanlm.kernels.fused import serve
 from titanlm.kernels.symmetric import gram, polynomial
 
 Coefficients = Literal["quintic", "polar_express"]
@@ -60,7 +60,7 @@ def newton_schulz(x: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
     bank = bank.reshape(-1, *x.shape[-2:])
     bank = bank.mT if tall else bank
     triples = TRIPLES[coefficients]
-    halved = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and bank.size(-2) >= SYMMETRIC_FROM and find_spec("triton") is not None
+    halved = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and bank.size(-2) >= SYMMETRIC_FROM and serve(x.device.index)
     for step in range(steps):
         bank = (_step_by_halves if halved else _step)(bank, *triples[min(step, len(triples) - 1)])
     return (bank.mT if tall else bank).reshape(x.shape)
