@@ -37,7 +37,7 @@ def shape(**changes: Any) -> Shape:
         ({"flash4": "RuntimeError: no"}, "cudnn"),
         ({"cudnn": "RuntimeError: no"}, "flash4"),
         ({"cudnn": "no", "flash4": "no"}, "sdpa"),
-        ({"cudnn": "no", "flash4": "no", "sdpa": "no"}, "auto"),
+        ({"cudnn": "no", "flash4": "no", "sdpa": "no"}, "sdpa"),
         ({"sdpa": (1.3e-3, 3.64e-3)}, "cudnn+flash4"),  # 0.4 % less is noise
         ({"sdpa": (1e-3, 3e-3)}, "sdpa"),
         ({"flash3": (1e-3, 5e-3)}, "flash3+flash4"),

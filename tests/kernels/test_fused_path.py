@@ -1,5 +1,7 @@
 """The way through the kernels, with the kernels' twins in their place: what is wired to what, and whether the compiler takes it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from titanlm.batch import Batch
 from titanlm.kernels import mix, relu2, rotate
 from titanlm.kernels.fused import fused, use_kernels
 from titanlm.models import decoder, golf
-from titanlm.models.layers import attention, feed_forward, rope
+from titanlm.models.layers import attention, feed_forward, linear, rope
 
 
 def _mix(terms, weights, eps):
@@ -65,6 +67,9 @@ def twins():
         library.impl(name, function, "CPU")
     yield
     library._destroy()
+
+
+FIELDS = ("tokens", "labels", "positions", "document_ids", "target_bytes")
 
 
 class PlainCausal:
@@ -153,6 +158,38 @@ def test_plain_if_asked_for(model, monkeypatch):
     use_kernels(model, "plain")
     model(batch())
     assert not calls
+
+
+class Doubled(linear.Linear):
+    """As an adapter changes what a matrix does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_who_does_more_than_multiply_is_not_joined(model, monkeypatch):
+    for module in (golf, attention, feed_forward):
+        monkeypatch.setattr(module, "fused", lambda x: True)
+    for block in model.blocks:
+        block.attention.k_proj.__class__ = Doubled
+        block.feed_forward.up_proj.__class__ = Doubled
+    fused_hidden, fused_gradients = outcome(model)
+    use_kernels(model, "plain")
+    hidden, gradients = outcome(model)
+    torch.testing.assert_close(fused_hidden, hidden, rtol=1e-4, atol=1e-5)
+    assert fused_gradients.keys() == gradients.keys()
+
+
+def test_a_cache_is_filled_with_gradients_on_too(monkeypatch):
+    made = golf.Golf(SETTINGS, vocab_size=50, max_seq_len=16)
+    made.init_weights(0)
+    for module in (golf, attention, feed_forward):
+        monkeypatch.setattr(module, "fused", lambda x: torch.is_grad_enabled())
+    whole = batch()
+    cache = made.new_cache(2, 16, "cpu")
+    halves = [replace(whole, **{name: getattr(whole, name)[:, part] for name in FIELDS}) for part in (slice(0, 8), slice(8, 16))]
+    hidden = torch.cat([made(half, cache) for half in halves], 1)
+    torch.testing.assert_close(hidden, made(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_are_for_training_on_cuda():

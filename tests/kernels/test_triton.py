@@ -94,15 +94,16 @@ def test_rotated_heads(device, dtype, tolerance, gained, norm, n_heads, n_kv_hea
 
 
 def test_gradients_of_any_layout(device):
-    """Attention gives its gradients heads first or positions first."""
+    """Attention gives its gradients heads first or positions first, and by plain products those of keys with positions last."""
     positions = torch.arange(8, device=device).expand(2, 8)
     tables = rotary_tables(positions, 16, 100.0, torch.float32)
     qkv = torch.randn(2, 8, 4 * 16, device=device, requires_grad=True)
     heads = RotatedHeads.apply(qkv, *tables, None, None, 2, 1, 1e-6)
     seeds = [torch.randn_like(each) for each in heads]
     (wanted,) = torch.autograd.grad(heads, qkv, seeds, retain_graph=True)
-    (got,) = torch.autograd.grad(heads, qkv, [seed.transpose(1, 2).contiguous().transpose(1, 2) for seed in seeds])
-    assert torch.equal(got, wanted)
+    for a, b in ((1, 2), (1, 3), (2, 3)):
+        (got,) = torch.autograd.grad(heads, qkv, [seed.transpose(a, b).contiguous().transpose(a, b) for seed in seeds], retain_graph=True)
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("n_rows", [1, 256, 300])
@@ -119,3 +120,13 @@ def test_relu2_network(device, n_rows, width, d_ff):
     close(result, reference, 0.02)
     for got, wanted in zip(torch.autograd.grad(result, mine, seed.to(dtype)), torch.autograd.grad(reference, theirs, seed.double()), strict=True):
         close(got, wanted, 0.02)
+
+
+def test_nan_stays_nan(device):
+    """A guard against steps that are not finite looks at the loss and the gradients."""
+    x, up, down = (rounded(32, 32, device=device).to(torch.float32 if INTERPRETED else torch.bfloat16).requires_grad_() for _ in range(3))
+    with torch.no_grad():
+        up[3, 5] = torch.nan
+    result = Relu2Network.apply(x, up, down)
+    assert result.isnan().all()
+    assert all(gradient.isnan().any() for gradient in torch.autograd.grad(result.sum(), (x, up, down)))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titanlm.errors import TitanError
 from titanlm.kernels.flash2 import flash2_backward, flash2_forward
 from titanlm.kernels.flash3 import flash3_backward, flash3_forward
 from titanlm.kernels.flash4 import flash4_backward, flash4_forward
@@ -30,12 +31,19 @@ class Kernel(NamedTuple):
     """(gradient of y, q, k, v, y, lse, L) → gradients of q, k, v."""
 
 
+def _require_rows(lengths: Tensor | None) -> None:
+    if lengths is not None:
+        raise TitanError('model.attention_backend: cuDNN knows no documents within a row; use "flash4" or "auto", or set data.document_mask = false')
+
+
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    _require_rows(lengths)
     y, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False)
     return y.transpose(1, 2), lse.squeeze(-1)
 
 
 def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, lengths: Tensor | None) -> Gradients:
+    _require_rows(lengths)
     n, seed = q.shape[1], q.new_empty((), dtype=torch.int64)  # of a dropout that there is not
     heads_first = [x.transpose(1, 2) for x in (g, q, k, v, y)]
     parts = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*heads_first, lse.unsqueeze(-1), seed, seed, None, None, None, n, n, 0.0, True)

@@ -12,7 +12,8 @@ from titanlm.kernels.lengths import bounds, flat, shapes
 
 _SPEC = importlib.util.find_spec("flash_attn")
 # Looked for and not imported: another package of that name loads its CUDA library at once.
-HAS_FLASH4 = any(Path(place, "cute").is_dir() for place in (_SPEC and _SPEC.submodule_search_locations) or ())
+# Before 4 it had a folder "cute" too, of kernels that cannot do what is asked here.
+HAS_FLASH4 = any(Path(place, "cute", "flash_bwd_sm90.py").is_file() for place in (_SPEC and _SPEC.submodule_search_locations) or ())
 
 
 @torch.library.custom_op("titanlm::flash4_forward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor? lengths) -> (Tensor, Tensor)")

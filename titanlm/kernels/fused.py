@@ -14,7 +14,8 @@ from titanlm.environment import c_compiler
 
 @cache
 def _found(index: int | None) -> bool:
-    written_for = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+    # Hopper and the Blackwell of data centres; that of graphics cards has too little shared memory.
+    written_for = torch.version.hip is None and torch.cuda.get_device_capability(index)[0] in (9, 10)
     return written_for and importlib.util.find_spec("triton") is not None and c_compiler() is not None
 
 
@@ -28,7 +29,7 @@ serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fused(x: Tensor) -> bool:
-    """In training in bf16 on such a device. Scoring takes the plain way: it is where hooks of layers look on, and where no gradient has to be cheap."""
+    """In training in bf16 on such a device. Without gradients the plain way is taken, which is where hooks of layers look on."""
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.is_grad_enabled() and serve(x.device.index)
 
 

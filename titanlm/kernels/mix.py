@@ -61,7 +61,7 @@ mix_forward = operator(
 mix_backward = operator(
     "mix_backward(Tensor[] terms, Tensor weights, float? eps, Tensor g_out, Tensor? g_normed, Tensor?[] carried) -> (Tensor[], Tensor)",
     _backward,
-    lambda terms, weights, *_: ([torch.empty_like(term) for term in terms], torch.empty_like(weights)),
+    lambda terms, weights, *_: ([torch.empty_like(term) for term in terms], weights.new_empty(weights.shape, dtype=torch.float32)),
 )
 
 

@@ -46,6 +46,6 @@ class Relu2Network(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, up, down, h = ctx.saved_tensors
-        (g,) = gradients
+        g = gradients[0].contiguous()
         g_u = relu2_product(g, down.T.contiguous(), h)
         return g_u @ up, g_u.T @ x, g.T @ h

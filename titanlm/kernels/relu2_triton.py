@@ -18,7 +18,7 @@ def _write(part, h, c, row, column, SLOPE: tl.constexpr):
     if SLOPE:
         part *= 2 * tl.sqrt(h.load([row, column]).to(tl.float32))
     else:
-        part = tl.maximum(part, 0.0)
+        part = tl.maximum(part, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a guard against them must see them
         part *= part
     c.store([row, column], part.to(c.dtype))
 

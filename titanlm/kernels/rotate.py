@@ -79,5 +79,7 @@ class RotatedHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin, norms, gain = ctx.saved_tensors
+        # Attention by plain products gives those of keys with positions last.
+        gradients = tuple(gradient if gradient.stride(-1) == 1 else gradient.contiguous() for gradient in gradients)
         of_qkv, of_norms, of_gain = heads_backward(*gradients, qkv, cos, sin, norms, gain, *ctx.shape)
         return of_qkv, None, None, None if norms is None else of_norms, None if gain is None else of_gain, None, None, None

@@ -127,13 +127,15 @@ class GolfBlock(nn.Module):
         mask: Mask,
         past: tuple[LayerCache, Tensor, int] | None = None,
         skip: tuple[Tensor, Tensor] | None = None,
+        handed_on: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``x0`` (B, T, D) is what the first block got, ``skip`` a stream (B, T, D) and its weight (D,), added first.
 
-        Gives the output, and ``x`` and ``x0`` again, through which the gradients of their later uses come back.
+        Gives the output, and ``x`` and ``x0`` again, through which the gradients of their later uses come back;
+        ``x`` has one if it is ``handed_on``.
         """
-        if self.fuses and fused(x):
-            return self._fused_forward(x, x0, rotary, mask, skip)
+        if past is None and self.fuses and fused(x):
+            return self._fused_forward(x, x0, rotary, mask, skip, handed_on)
         mix, given = self.residual_mix.to(x.dtype), x
         if skip is not None:
             x = x + skip[1].to(x.dtype) * skip[0]
@@ -142,13 +144,16 @@ class GolfBlock(nn.Module):
         return x + self.feed_forward_scale.to(x.dtype) * self.feed_forward(self.feed_forward_norm(x)), given, x0
 
     def _fused_forward(
-        self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, skip: tuple[Tensor, Tensor] | None
+        self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, skip: tuple[Tensor, Tensor] | None, handed_on: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with sums and norms fused, each rounded once."""
         mix, eps = self.residual_mix, self.attention_norm.eps
         terms, weights = ((x, x0), mix) if skip is None else ((x, skip[0], x0), torch.stack((mix[0], mix[0] * skip[1], mix[1])))
-        x, normed, given, x0 = Mix.apply(weights, eps, (True, *(False for _ in terms[2:]), True), *terms)
-        x, normed = Mix.apply(self.attention_scale[None], eps, (False, False), x, self.attention(normed, rotary, mask))
+        # What is passed through and not used again would come back as zeros, to be read.
+        passes = (handed_on, *(False for _ in terms[2:]), True)
+        mixed, normed, *passed = Mix.apply(weights, eps, passes, *terms)
+        given, x0 = (x, *passed)[-2:]
+        x, normed = Mix.apply(self.attention_scale[None], eps, (False, False), mixed, self.attention(normed, rotary, mask))
         (x,) = Mix.apply(self.feed_forward_scale[None], None, (False, False), x, self.feed_forward(normed))
         return x, given, x0
 
@@ -244,8 +249,9 @@ class Golf(LanguageModel):
         kept: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else (cache.layers[layer], batch.positions, cache.used)
-            x, given, x0 = block(x, x0, rotary, mask, past, self.skips(layer, kept))
-            if 0 < layer <= self.skips.n_encoder - 1:
+            handed_on = 0 < layer < self.skips.n_encoder  # what the layer is given is kept for a later one
+            x, given, x0 = block(x, x0, rotary, mask, past, self.skips(layer, kept), handed_on)
+            if handed_on:
                 kept[-1] = given
             if layer < self.skips.n_encoder:
                 kept.append(x.view_as(x))

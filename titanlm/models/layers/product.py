@@ -34,7 +34,9 @@ def product_of(module: nn.Module, name: str, default: Product = F.linear) -> Pro
 
 
 def shared_product(*modules: nn.Module) -> Product | None:
-    """What all of these multiply by their ``weight`` with, or None where they differ: who joins their matrices needs one."""
+    """What all of these multiply by their ``weight`` with, for who joins their matrices; None where they differ, or where one does something else besides."""
+    if any("weight" not in declared(module, "multiplies", {}) for module in modules):
+        return None
     first = product_of(modules[0], "weight")
     return first if all(product_of(module, "weight") is first for module in modules[1:]) else None
 
