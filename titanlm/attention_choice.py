@@ -125,7 +125,10 @@ def measure(names: Iterable[str], shape: Shape, device: torch.device, **counts: 
 
 
 def fastest(found: dict[str, tuple[float, float] | str]) -> str:
-    """The backend with the least time for both passes, or two kernels, "cudnn+flash4"; "sdpa" where nothing could be timed, or "auto" where that is none of them."""
+    """The backend with the least time for both passes, or two kernels, "cudnn+flash4".
+
+    Where nothing could be timed "sdpa", and "auto" where that is none of them.
+    """
     times = {name: both for name, both in found.items() if not isinstance(both, str)}
     kernels = [name for name in times if name in KERNELS]
     whole = min(times.keys() - kernels, key=lambda name: sum(times[name]), default="sdpa" if "sdpa" in found else "auto")
