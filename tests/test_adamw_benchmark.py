@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_it_prints_a_line_for_each_form() -> None:
     command = [sys.executable, "benchmarks/adamw.py", "--layers", "0", "--width", "64", "--vocab", "128", "--repeats", "3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

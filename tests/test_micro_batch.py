@@ -279,7 +279,8 @@ def test_compiled_code_of_the_trials_is_forgotten(two_rows: Path, mode: str) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["replicate", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp2"])
 def test_all_ranks_take_what_the_smallest_has_room_for(tiny: Path, zygote: Any, strategy: str) -> None:
     """Rank 1 has room for less than two rows of four; losses are those of one row given by hand, to the last bit."""
     common = (f"--parallel.strategy={strategy}", "--train.steps=4", "--scheduler=constant")

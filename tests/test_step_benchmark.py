@@ -83,6 +83,7 @@ def test_cold_and_warm_start() -> None:
     assert started("startup", "train_configs/debug.toml", "--rounds", "0").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_start_that_compiles_nothing_or_fails() -> None:
     done = started("startup", "train_configs/debug.toml", *SMALL, "--train.compile=none")
     assert done.returncode

@@ -96,7 +96,8 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("how", ["fsdp2", pytest.param("replicate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "replicate"])
 def test_a_run_resumed_on_other_ranks_equals_one_process(tiny: Path, zygote: Any, how: str) -> None:
     """Seven steps on two ranks, a checkpoint, the rest on four. Sums of gradients differ in their last bits, and then some codes."""
     adamw = '--optimizer=[{name="adamw", lr=1e-2, moments="int8"}]'

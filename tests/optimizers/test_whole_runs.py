@@ -94,7 +94,7 @@ def test_moments_of_another_form_are_refused_by_name(tiny: Path, before: str, af
         Trainer(load(tiny, [*overrides, form.format(after), '--checkpoint.allow_changes=["optimizer"]']))
 
 
-@pytest.mark.parametrize("mode", ["none", "block"])
+@pytest.mark.parametrize("mode", ["none", pytest.param("block", marks=pytest.mark.slow)])
 def test_momentum_of_another_dtype_goes_on_in_the_one_asked_for(tiny: Path, mode: str) -> None:
     overrides = ("--model.d_model=64", "--validation=[]", "--run.name=moved", f"--train.compile={mode}")
     form = '--optimizer=[{{name="muon", ns_dtype="fp32", momentum_dtype="{}"}}, {{name="adamw"}}]'

@@ -375,7 +375,7 @@ def test_what_nobody_multiplies_by_is_named() -> None:
 # ---------------------------------------------------------------- the compiler
 INDUCTOR = {("tensorwise", "none"), ("rowwise", "selective"), ("rowwise_with_gw_hp", "full")}
 GRAPHS = [
-    pytest.param(recipe, recompute, backend, marks=() if (recipe, recompute, backend) == ("tensorwise", "selective", "aot_eager") else pytest.mark.slow)
+    pytest.param(recipe, recompute, backend, marks=pytest.mark.slow)
     for recipe in RECIPES
     for recompute in ("none", "selective", "full")
     for backend in ("aot_eager", "inductor")
