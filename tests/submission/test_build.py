@@ -107,6 +107,7 @@ def test_a_run_that_was_stopped_is_no_result(tiny, tmp_path, monkeypatch):
         build([tmp_path / "runs" / "stopped"], tmp_path / "s", ABOUT)
 
 
+@pytest.mark.slow
 def test_what_happens_meanwhile_leaves_nothing(tiny, tmp_path, monkeypatch):
     run = trained(tiny, "a")
     output = tmp_path / "s"

@@ -376,6 +376,7 @@ def test_what_only_some_configs_use_is_left_out_of_others(pr369):
         assert word not in unpack(without)
 
 
+@pytest.mark.slow
 def test_attention_kernels_are_those_that_are_named(pr369):
     """And nothing is measured: "auto" is what it is without a measurement."""
     told = {name: unpack(bundle(golf("pr369", f"--model.attention_backend={name}")).content) for name in ("flash3", "flash4", "varlen")}

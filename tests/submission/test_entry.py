@@ -119,7 +119,8 @@ def test_words_that_mean_nothing(golf, capsys):
 
 
 # ---------------------------------------------------------------- the file
-@pytest.mark.parametrize("form", ["compressed", pytest.param("readable", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["compressed", "readable"])
 def test_losses_are_bitwise_titanlms_and_the_artifact_scores_as_logged(golf, shards, form, monkeypatch):
     place = {"DATA_PATH": str(shards / "data"), "TOKENIZER_PATH": str(shards / "spm.model")}
     config = load(golf, [LOGGERS])
