@@ -382,7 +382,9 @@ def test_whole_models_on_a_gpu(kind: str, backend: str, how: str) -> None:
     if names:
         pytest.skip(f"{names[0]} does not serve here")
     ids = IDS.repeat(1, 8).cuda()
-    batch = Batch(ids.abs() % 16, ids, torch.arange(96, device="cuda").expand(3, -1), ids, ids, document_mask=documents, max_documents=64)
+    # Drawn: where all tokens of a document are the same, true gradients of queries and keys are nearly 0, and bf16 leaves its rounding only.
+    tokens = torch.randint(16, ids.shape, generator=torch.Generator().manual_seed(0)).cuda()
+    batch = Batch(tokens, ids, torch.arange(96, device="cuda").expand(3, -1), ids, ids, document_mask=documents, max_documents=64)
 
     def run(backend: str, precision: Any, how: str) -> list[Tensor]:
         model = model_of(kind, backend.partition("+")[0], 64).cuda()
