@@ -16,7 +16,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,28 +206,53 @@ def _checkpoint_prune(args: argparse.Namespace) -> None:
 
 def _tokenizer_train(args: argparse.Namespace) -> None:
     from titanlm.tokenizers.corpus import counted, training_texts
-    from titanlm.tokenizers.training import train_sentencepiece
 
-    if Path(args.output).is_dir():
-        raise TitanError(f"{args.output}: is a folder; --output names the model file to write")
-    if args.output.exists() and not args.force:
-        raise TitanError(f"{args.output}: exists; --force overwrites it")
-    trained = train_sentencepiece(
-        counted(training_texts(args.config, args.overrides, args.input, args.column)),
-        args.output,
-        args.vocab_size,
-        args.model,
-        max_bytes=args.max_bytes,
-        character_coverage=args.character_coverage,
-        symbols=args.symbol,
-        split_by_whitespace=args.split_by_whitespace,
-        whitespace_pieces=args.whitespace_pieces,
-        split_digits=args.split_digits,
-        bos_id=args.bos,
-        eos_id=args.eos,
-        pad_id=args.pad,
-    )
+    chosen = {name: getattr(args, name) for name in _TRAINER_OPTIONS[args.type] if name in args}
+    for kind, options in _TRAINER_OPTIONS.items():
+        if kind != args.type and (wrong := [option for name, option in options.items() if name in args]):
+            raise TitanError(f"{', '.join(wrong)}: for --type {kind}, not {args.type}")
+
+    def texts() -> Iterator[str]:
+        return training_texts(args.config, args.overrides, args.input, args.column)
+
+    if args.type == "spm":
+        from titanlm.tokenizers.training import train_sentencepiece
+
+        if args.output.is_dir():
+            raise TitanError(f"{args.output}: is a folder; --output names the model file to write")
+        if args.output.exists() and not args.force:
+            raise TitanError(f"{args.output}: exists; --force overwrites it")
+        trained = train_sentencepiece(counted(texts()), args.output, args.vocab_size, max_bytes=args.max_bytes, **chosen)
+    else:
+        from titanlm.tokenizers.superbpe_training import settings, train_superbpe
+        from titanlm.tokenizers.vocab_merges import MERGES_FILE, VOCAB_FILE
+
+        if "transition" not in chosen:
+            raise TitanError("--transition is missing: how many tokens are learnt within words, before those across spaces, of --vocab-size")
+        if args.output.exists() and not args.output.is_dir():
+            raise TitanError(f"{args.output}: is a file; --output names the folder for {VOCAB_FILE} and {MERGES_FILE}")
+        if not args.force and (there := [name for name in (VOCAB_FILE, MERGES_FILE) if (args.output / name).exists()]):
+            raise TitanError(f"{args.output / there[0]}: exists; --force overwrites it")
+        trained = train_superbpe(texts, args.output, args.vocab_size, max_bytes=args.max_bytes, **chosen)
+        print(settings(trained, chosen["transition"], chosen.get("special_tokens", ())), end="\n\n")
     print(f"{trained.path}: {trained.vocab_size:,} pieces from {trained.n_texts:,} texts, {trained.n_bytes:,} bytes")
+
+
+_TRAINER_OPTIONS = {
+    "spm": {
+        "model_type": "--model",
+        "symbols": "--symbol",
+        "split_by_whitespace": "--split-by-whitespace",
+        "whitespace_pieces": "--whitespace-pieces",
+        "split_digits": "--split-digits",
+        "character_coverage": "--character-coverage",
+        "bos_id": "--bos",
+        "eos_id": "--eos",
+        "pad_id": "--pad",
+    },
+    "superbpe": {"transition": "--transition", "max_words": "--max-words", "special_tokens": "--special"},
+}
+"""What only one type of `titanlm tokenizer train` takes: parameters of its trainer and how they are typed."""
 
 
 def _tokenizer_inspect(args: argparse.Namespace) -> None:
@@ -448,11 +473,11 @@ def _build_parser() -> Parser:
     tokenizer = adder(add("tokenizer", None, "make, inspect and compare tokenizers", "titanlm tokenizer inspect spm.model"))
     _add_tokenizer_train(tokenizer)
     verb = tokenizer("inspect", _tokenizer_inspect, "say what a tokenizer is and whether text comes back", "titanlm tokenizer inspect spm.model")
-    verb.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
+    verb.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's file, NAME:FILE, a config (.toml), {settings} or the word byte")
     _add_imports(verb)
     example = "titanlm tokenizer compare spm.model byte --input held_out.parquet"
     verb = tokenizer("compare", _tokenizer_compare, "count the tokens that texts take, tokenizer by tokenizer", example)
-    verb.add_argument("tokenizers", metavar="TOKENIZER", nargs="+", help="a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
+    verb.add_argument("tokenizers", metavar="TOKENIZER", nargs="+", help="a tokenizer's file, NAME:FILE, a config (.toml), {settings} or the word byte")
     verb.add_argument("--input", metavar="FILE", nargs="+", help=".parquet, .jsonl or text files (default: 2 MB of the standard library's sources)")
     verb.add_argument("--column", default="text", help="of .parquet and .jsonl files (default: %(default)s)")
     verb.add_argument("--max-bytes", type=int, help="read so many bytes of each file")
@@ -508,25 +533,31 @@ def _add_checkpoint(checkpoint: Callable[..., Parser]) -> None:
 def _add_tokenizer_train(tokenizer: Callable[..., Parser]) -> None:
     example = "titanlm tokenizer train --type spm --vocab-size 4096 --output spm.model --config run.toml"
     verb = tokenizer("train", _tokenizer_train, "train a tokenizer on text", example, overrides=True)
-    verb.add_argument("--type", choices=["spm"], required=True, help="spm: SentencePiece, lossless, with byte fallback")
-    verb.add_argument("--model", choices=["bpe", "unigram"], default="bpe", help="default: %(default)s")
+    verb.add_argument("--type", choices=["spm", "superbpe"], required=True, help="spm: SentencePiece; superbpe: BPE with tokens of several words")
     verb.add_argument("--vocab-size", type=int, required=True, help="pieces, special ids and bytes included")
-    verb.add_argument("--output", type=Path, required=True, help="the model file to write")
+    verb.add_argument("--output", type=Path, required=True, help="spm: the model file to write; superbpe: the folder for vocab.json and merges.txt")
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--config", metavar="FILE", type=Path, help="train on the training split of this config's data")
     source.add_argument("--input", metavar="FILE", nargs="+", help="train on these text, .parquet or .jsonl files (default: the standard library's sources)")
     verb.add_argument("--column", default="text", help="of .parquet and .jsonl files (default: %(default)s)")
     verb.add_argument("--max-bytes", type=int, help="read so many bytes of text")
-    verb.add_argument("--symbol", metavar="TEXT", action="append", default=[], help="a text that is always one piece; may be repeated")
-    choice = argparse.BooleanOptionalAction
-    verb.add_argument("--split-by-whitespace", action=choice, default=True, help="no piece crosses a space (default: on)")
-    verb.add_argument("--whitespace-pieces", action=choice, default=True, help="pieces may be white space alone, such as indentation (default: on)")
-    verb.add_argument("--split-digits", action="store_true", help="every digit is a piece")
-    verb.add_argument("--character-coverage", type=float, default=0.9995, help="share of the text's characters that get a piece (default: %(default)s)")
-    verb.add_argument("--bos", metavar="ID", type=int, default=1, help="id of <s> (default: %(default)s)")
-    verb.add_argument("--eos", metavar="ID", type=int, default=2, help="id of </s> (default: %(default)s)")
-    verb.add_argument("--pad", metavar="ID", type=int, help="id of <pad> (default: none)")
     verb.add_argument("--force", action="store_true", help="overwrite the output")
+    # Absent when not given: the trainers have the defaults, and an option of the other type is a mistake.
+    choice, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS
+    spm = verb.add_argument_group("--type spm")
+    spm.add_argument("--model", dest="model_type", choices=["bpe", "unigram"], default=unset, help="default: bpe")
+    spm.add_argument("--symbol", dest="symbols", metavar="TEXT", action="append", default=unset, help="a text that is always one piece; may be repeated")
+    spm.add_argument("--split-by-whitespace", action=choice, default=unset, help="no piece crosses a space (default: on)")
+    spm.add_argument("--whitespace-pieces", action=choice, default=unset, help="pieces may be white space alone, such as indentation (default: on)")
+    spm.add_argument("--split-digits", action="store_true", default=unset, help="every digit is a piece")
+    spm.add_argument("--character-coverage", type=float, default=unset, help="share of the text's characters that get a piece (default: 0.9995)")
+    spm.add_argument("--bos", dest="bos_id", metavar="ID", type=int, default=unset, help="id of <s> (default: 1)")
+    spm.add_argument("--eos", dest="eos_id", metavar="ID", type=int, default=unset, help="id of </s> (default: 2)")
+    spm.add_argument("--pad", dest="pad_id", metavar="ID", type=int, default=unset, help="id of <pad> (default: none)")
+    superbpe = verb.add_argument_group("--type superbpe")
+    superbpe.add_argument("--transition", metavar="N", type=int, default=unset, help="tokens learnt within words, bytes included; the rest may cross spaces")
+    superbpe.add_argument("--max-words", metavar="N", type=int, default=unset, help="words that a token may have parts of (default: 4)")
+    superbpe.add_argument("--special", dest="special_tokens", metavar="NAME", action="append", default=unset, help="one of the last ids; may be repeated")
 
 
 def _add_data_prepare(data: Callable[..., Parser]) -> None:
@@ -536,7 +567,7 @@ def _add_data_prepare(data: Callable[..., Parser]) -> None:
     source = verb.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="FILE", type=Path, help="the data and the tokenizer of this config; sources one after the other")
     source.add_argument("--input", metavar="FILE", nargs="+", help=".parquet, .jsonl or .txt files")
-    verb.add_argument("--tokenizer", metavar="TOKENIZER", help="for --input: a tokenizer's file, NAME:FILE, a config (.toml) or the word byte")
+    verb.add_argument("--tokenizer", metavar="TOKENIZER", help="for --input: a tokenizer's file, NAME:FILE, a config (.toml), {settings} or the word byte")
     verb.add_argument("--column", metavar="NAME", help="for --input: what holds the text of .parquet and .jsonl files (default: text)")
     verb.add_argument("--split", choices=["train", "validation"], default="train", help="of the config's data, and in the shards' names (default: %(default)s)")
     verb.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens of a shard (default: %(default)s)")
@@ -551,7 +582,9 @@ def _add_data_prepare(data: Callable[..., Parser]) -> None:
 def _add_data_inspect(data: Callable[..., Parser]) -> None:
     verb = data("inspect", _data_inspect, "say what is in data files or in the data of a config", "titanlm data inspect corpus.parquet", overrides=True)
     verb.add_argument("targets", metavar="TARGET", nargs="+", help="a .parquet, .jsonl, .txt or .bin file, a folder, a glob, or a config (.toml)")
-    verb.add_argument("--tokenizer", metavar="TOKENIZER", help="count tokens with it: a file, NAME:FILE, a config or the word byte (default: a config's own)")
+    verb.add_argument(
+        "--tokenizer", metavar="TOKENIZER", help="count tokens with it: a file, NAME:FILE, a config, {settings} or byte (default: a config's own)"
+    )
     verb.add_argument("--column", metavar="NAME", help="that holds the text of .parquet and .jsonl files")
     verb.add_argument("--rows", metavar="N", type=positive, help="read so many rows of each dataset")
     verb.add_argument("--samples", metavar="K", type=int, default=3, help="texts to show of each dataset, drawn at random (default: %(default)s)")

@@ -36,6 +36,7 @@ _NEEDED_BY = {
     ("tokenizer", "sentencepiece"): "sentencepiece",
     ("tokenizer", "tiktoken"): "tiktoken",
     ("tokenizer", "huggingface"): "tokenizers",
+    ("tokenizer", "superbpe"): "tokenizers",
     ("dataset", "parquet"): "pyarrow",
     ("quantizer", "float8"): "torchao",
 }

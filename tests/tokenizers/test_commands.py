@@ -114,10 +114,10 @@ def test_compare_prints_a_table(run):
     lines = run("compare", "spm.model", "byte", "--input", "one.txt", "zh.jsonl").splitlines()
     assert lines[:3] == ["spm.model: sentencepiece", "byte: byte", ""]
     assert lines[3].startswith("one.txt: 1 documents, 0.0")
-    assert lines[4].split() == ["tokenizer", "tokens", "chars/token", "bytes/token", "tokens/word", "round", "trip", "MB/s"]
+    assert lines[4].split() == ["tokenizer", "tokens", "chars/token", "bytes/token", "tokens/word", "superwords", "round", "trip", "MB/s"]
     assert lines[9].split()[4] == "tokens/char"
     assert len({len(line) for line in lines[4:7]}) == 1
-    assert lines[5].split()[5] == "100.0%"
+    assert lines[5].split()[5:7] == ["0.0%", "100.0%"]
 
 
 def test_compare_reads_only_so_much_and_the_library_by_default(run):

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from titanlm.errors import DataError
 from titanlm.registry import Component, Tokenizer
 from titanlm.tokenizers.corpus import dataset_texts, documents
 from titanlm.tokenizers.opening import open_tokenizer
+from titanlm.tokenizers.text import n_words
 
 DEFAULT_BYTES = 2_000_000
 """Of the embedded text, which is all the default reads."""
@@ -37,6 +40,8 @@ class Row:
     tokens_per_word: float | None
     """None for scripts without spaces; words are what stands between white space."""
     tokens_per_character: float
+    superwords: float | None
+    """Share of the tokens that stand for more than one word; None for a tokenizer that does not tell its pieces."""
     round_trip: float
     """Share of documents that come back; one that is refused does not."""
     refused: int
@@ -61,7 +66,7 @@ def compare(words: Sequence[str], inputs: Sequence[str], *, column: str = "text"
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns, a block an input."""
     lines = [f"{word}: {kind}" for word, kind in dict.fromkeys((row.tokenizer, row.type) for row in rows)]
-    labels = {row.tokenizer: Path(row.tokenizer).name for row in rows}
+    labels = {row.tokenizer: row.type if row.tokenizer.startswith("{") else Path(row.tokenizer).name for row in rows}
     if len(set(labels.values())) < len(labels):
         labels = {word: word for word in labels}
     width = max(9, *map(len, labels.values()))
@@ -69,10 +74,11 @@ def table(rows: Sequence[Row]) -> str:
         same = list(group)
         lines += ["", f"{name}: {same[0].documents:,} documents, {max(row.bytes for row in same) / 1e6:.2f} MB"]
         fertility = "tokens/char" if same[0].tokens_per_word is None else "tokens/word"
-        lines.append(f"  {'tokenizer':<{width}}  {'tokens':>11}  chars/token  bytes/token  {fertility}  round trip    MB/s")
+        lines.append(f"  {'tokenizer':<{width}}  {'tokens':>11}  chars/token  bytes/token  {fertility}  superwords  round trip    MB/s")
         for row in same:
             each = row.tokens_per_character if row.tokens_per_word is None else row.tokens_per_word
-            numbers = f"{row.tokens:>11,}  {row.characters_per_token:>11.3f}  {row.bytes_per_token:>11.3f}  {each:>11.3f}"
+            superwords = "–" if row.superwords is None else _share(row.superwords)
+            numbers = f"{row.tokens:>11,}  {row.characters_per_token:>11.3f}  {row.bytes_per_token:>11.3f}  {each:>11.3f}  {superwords:>10}"
             refused = f"  {row.refused:,} documents refused" if row.refused else ""
             lines.append(f"  {labels[row.tokenizer]:<{width}}  {numbers}  {_share(row.round_trip):>10}  {row.megabytes_per_s:>6.1f}{refused}")
     return "\n".join(lines)
@@ -110,7 +116,9 @@ def _some(texts: Iterable[str], max_bytes: int | None, name: str) -> list[str]:
 
 
 def _measure(word: str, kind: str, tokenizer: Tokenizer, name: str, texts: Sequence[str], spaced: bool) -> Row:
-    n_characters = n_bytes = n_words = n_tokens = same = refused = 0
+    pieces: Sequence[bytes | None] = getattr(tokenizer, "pieces", list)()
+    super_ids = np.array([piece is not None and n_words(piece) > 1 for piece in pieces], dtype=bool)
+    n_characters = n_bytes = words = n_tokens = n_super = same = refused = 0
     elapsed_s = 0.0
     for text in texts:
         start = time.perf_counter()
@@ -121,7 +129,8 @@ def _measure(word: str, kind: str, tokenizer: Tokenizer, name: str, texts: Seque
             continue
         elapsed_s += time.perf_counter() - start
         n_tokens += len(ids)
-        n_characters, n_bytes, n_words = n_characters + len(text), n_bytes + len(text.encode("utf-8")), n_words + len(text.split())
+        n_super += int(super_ids[ids].sum()) if pieces else 0
+        n_characters, n_bytes, words = n_characters + len(text), n_bytes + len(text.encode("utf-8")), words + len(text.split())
         same += tokenizer.decode(ids.tolist()) == text
     if not n_tokens:
         raise DataError(f"{name}: {word} makes no tokens of it ({refused} of {len(texts)} documents refused)")
@@ -134,8 +143,9 @@ def _measure(word: str, kind: str, tokenizer: Tokenizer, name: str, texts: Seque
         tokens=n_tokens,
         characters_per_token=n_characters / n_tokens,
         bytes_per_token=n_bytes / n_tokens,
-        tokens_per_word=n_tokens / n_words if spaced and n_words else None,
+        tokens_per_word=n_tokens / words if spaced and words else None,
         tokens_per_character=n_tokens / n_characters,
+        superwords=n_super / n_tokens if pieces else None,
         round_trip=same / len(texts),
         refused=refused,
         megabytes_per_s=n_bytes / 1e6 / max(elapsed_s, 1e-9),

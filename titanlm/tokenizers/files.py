@@ -1,4 +1,4 @@
-"""Files of tokenizers: reading one, and telling by its content which tokenizer reads it.
+"""Files of tokenizers: reading and writing one, and telling by its content which tokenizer reads it.
 
 The type of a tokenizer is what the config says. Content is looked at only to
 say, when that type cannot read the file, which one could, and where a command
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +32,21 @@ def read(path: str, remedy: str) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"tokenizer.path: cannot read {file.absolute()} ({error.strerror}); {remedy}") from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def carried(files: Mapping[str, bytes], name: str) -> bytes:

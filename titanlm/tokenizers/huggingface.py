@@ -32,14 +32,16 @@ import numpy as np
 from titanlm.errors import DataError
 from titanlm.registry import did_you_mean, register
 from titanlm.tokenizers.byte_counts import ByteCounts
+from titanlm.tokenizers.byte_level import IN_UTF8, bytes_of
 from titanlm.tokenizers.files import carried, hint, read
 from titanlm.tokenizers.fingerprint import PROBES, fingerprint, round_trips
-from titanlm.tokenizers.text import MAX_ID, joined, require_ids, rust_errors, utf8
+from titanlm.tokenizers.text import MAX_ID, hf_library, joined, n_words, require_ids, rust_errors, utf8
 
 TOKENIZER_FILE = "tokenizer.json"
 SPACE = "\u2581"
 _READ = ("version", "added_tokens", "normalizer", "pre_tokenizer", "decoder", "model")
 """The parts of the file that are used."""
+_SUPERWORDS_TRIED = 64
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class HuggingFaceTokenizer:
             raise DataError(f"{where}: ids must be 0 to {MAX_ID}, each for one token; the largest is {self.vocab_size - 1}")
         self._special = {token["id"] for token in added.values() if token["special"]}
         self._count(added)
+        self._require_superwords(where)
         self._reachable = [i for i in sorted(self._special) if i != self._unknown and self._finds(i)]
         self.lossless = self._byte_level and _keeps_text(definition, self._pieces) and all(round_trips(self, probe) for probe in PROBES)
         self.fingerprint = fingerprint("huggingface", self)
@@ -114,7 +117,7 @@ class HuggingFaceTokenizer:
             if i in ordinary:
                 pieces[i] = name.encode("utf-8")
             elif self._byte_level:
-                pieces[i] = _bytes(name)
+                pieces[i] = bytes_of(name)
             elif re.fullmatch("<0x[0-9A-F]{2}>", name):
                 pieces[i] = bytes([int(name[3:5], 16)])
                 continue
@@ -127,6 +130,16 @@ class HuggingFaceTokenizer:
             space[i] = put_by_model and pieces[i][:1] == b" "  # type: ignore[index]
         self._pieces = pieces
         self._counts = ByteCounts(np.array([len(piece or b"") for piece in pieces], dtype=np.int32), space, outside)
+
+    def _require_superwords(self, where: str) -> None:
+        """A vocabulary learnt across spaces is worth little when text is cut at words: refuse what was only saved with the wrong class."""
+        superwords = [piece for piece in self._pieces if piece and n_words(piece) > 1] if self._byte_level else []
+        if len(superwords) * 100 < self.vocab_size:
+            return
+        texts = [piece.decode("utf-8", errors="ignore") for piece in superwords[:_SUPERWORDS_TRIED]]
+        if all(len(self._backend.pre_tokenizer.pre_tokenize_str(text)) > 1 for text in texts):
+            what = f"{len(superwords):,} of {self.vocab_size:,} ids stand for more than one word, but its pre_tokenizer cuts text at words, so none is used"
+            raise DataError(f'{where}: {what}; name = "superbpe" reads the vocab.json and merges.txt of such a tokenizer')
 
     def _finds(self, special: int) -> bool:
         name = self._names[special]
@@ -209,10 +222,7 @@ def _definition(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _backend(definition: Mapping[str, Any], where: str, content: bytes) -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise DataError("tokenizer 'huggingface' needs the package `tokenizers`; run: pip install 'titanlm[huggingface]'") from error
+    tokenizers = hf_library("tokenizer 'huggingface'")
     with rust_errors(f"{where} is a damaged tokenizer.json or one of another version{hint(content, 'huggingface')}"):
         backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
     backend.encode_special_tokens = True  # special tokens in a text are text
@@ -234,7 +244,6 @@ def _keeps_text(definition: Mapping[str, Any], pieces: Sequence[bytes | None]) -
     """Whether nothing in the file changes or drops a part of a text, as far as its settings tell."""
     model = definition["model"]
     single = {piece[0] for piece in pieces if piece and len(piece) == 1}
-    in_utf8 = {*range(0xC0), *range(0xC2, 0xF5)}
     cutting = all(
         step["type"] in ("ByteLevel", "Digits", "FixedLength", "UnicodeScripts", "Split", "Punctuation")
         and not step.get("add_prefix_space")
@@ -244,20 +253,4 @@ def _keeps_text(definition: Mapping[str, Any], pieces: Sequence[bytes | None]) -
     # An added token in a text may take the white space around it.
     plain = not any(token.get("lstrip") or token.get("rstrip") for token in definition["added_tokens"] if not token["special"])
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    return definition["normalizer"] is None and model.get("type") == "BPE" and not affixes and cutting and plain and in_utf8 <= single
-
-
-@functools.cache
-def _byte_of() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 is itself, the other 68 bytes are U+0100 and on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
-
-
-def _bytes(name: str) -> bytes:
-    """The bytes of a byte-level token."""
-    table = _byte_of()
-    if all(character in table for character in name):
-        return bytes(table[character] for character in name)
-    return name.encode("utf-8")  # as the library does
+    return definition["normalizer"] is None and model.get("type") == "BPE" and not affixes and cutting and plain and single >= IN_UTF8

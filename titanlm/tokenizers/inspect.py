@@ -10,6 +10,7 @@ from titanlm.loggers.text import printable
 from titanlm.registry import Tokenizer
 from titanlm.tokenizers.fingerprint import PROBES
 from titanlm.tokenizers.opening import open_tokenizer
+from titanlm.tokenizers.text import n_words
 
 _SAMPLES = 24
 _LONGEST = 8
@@ -44,6 +45,7 @@ def _rows(tokenizer: Tokenizer, pieces: Sequence[bytes | None]) -> Iterator[tupl
         single = len({piece for piece in present if len(piece) == 1})
         yield "bytes", f"{single} of 256 single bytes are pieces"
         longest = sorted(set(present), key=lambda piece: (-len(piece), piece))[:_LONGEST]
+        yield "superwords", f"{sum(n_words(piece) > 1 for piece in present) / len(present):.1%} of the pieces stand for more than one word"
         yield "longest", " ".join(_shown(piece) for piece in longest)
         yield "sample", " ".join(_shown(piece) for piece in present[:: max(1, len(present) // _SAMPLES)][:_SAMPLES])
     yield "fingerprint", f"sha256 {hashlib.sha256(tokenizer.fingerprint.encode('utf-8')).hexdigest()}"

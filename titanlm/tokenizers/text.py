@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -37,10 +38,24 @@ def joined(pieces: Sequence[bytes | None], ids: Sequence[int]) -> str:
     return b"".join(piece for piece in found if piece).decode("utf-8", errors="replace")
 
 
+def n_words(piece: bytes) -> int:
+    """How many words a token has a part of; words are what is visible between spaces. More than one make a superword."""
+    return sum(bool(part.strip()) for part in piece.decode("utf-8", errors="replace").split(" "))
+
+
 def require_ids(array: np.ndarray, vocab_size: int) -> None:
     """Raise DataError unless every id is 0 to ``vocab_size - 1``."""
     if array.size and not 0 <= array.min() <= array.max() < vocab_size:
         raise DataError(f"the tokenizer has ids 0 to {vocab_size - 1}, not {array.min()} to {array.max()}")
+
+
+def hf_library(what: str) -> Any:
+    """The package ``tokenizers``; DataError that says how to install it when ``what`` cannot have it."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(f"{what} needs the package `tokenizers`; run: pip install 'titanlm[huggingface]'") from error
+    return tokenizers
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from titanlm.errors import DataError
-from titanlm.registry import did_you_mean, register
+from titanlm.registry import register
 from titanlm.tokenizers.files import carried, hint, read
 from titanlm.tokenizers.fingerprint import PROBES, fingerprint
+from titanlm.tokenizers.special_tokens import pieces_with, require_named
 from titanlm.tokenizers.text import MAX_ID, joined, rust_errors, utf8
 
 RANK_FILE = "tokenizer.tiktoken"
@@ -67,11 +68,7 @@ class TiktokenConfig:
     """Fill padded positions with this special token; nothing is ever masked by it."""
 
     def __post_init__(self) -> None:
-        for key in ("bos", "eos", "pad"):
-            name = getattr(self, key)
-            if name is not None and name not in self.special_tokens:
-                there = ", ".join(map(repr, self.special_tokens)) or "none"
-                raise ValueError(f"{key}: {name!r} is not among special_tokens{did_you_mean(name, self.special_tokens)} (there: {there})")
+        require_named(self)
 
 
 @register("tokenizer", "tiktoken")
@@ -90,13 +87,7 @@ class TiktokenTokenizer:
         self.config = config
         self._content = read(config.path, "correct the path") if files is None else carried(files, RANK_FILE)
         ranks = read_ranks(self._content, f"tokenizer.path: {config.path}" if files is None else RANK_FILE)
-        taken = {rank: token for token, rank in ranks.items()}
-        for name, special in config.special_tokens.items():
-            if not 0 <= special <= MAX_ID or special in taken:
-                why = "is that of another token" if special in taken else f"is not 0 to {MAX_ID}"
-                raise DataError(f"tokenizer.special_tokens: the id {special} of {name!r} {why}; the file's ids end at {max(ranks.values())}")
-            taken[special] = b""
-        self._pieces = [taken.get(i) for i in range(max(taken) + 1)]
+        self._pieces = pieces_with({rank: token for token, rank in ranks.items()}, config.special_tokens)
         self._bytes = np.array([len(piece or b"") for piece in self._pieces], dtype=np.int32)
         self.vocab_size = len(self._pieces)
         self.bos_id, self.eos_id, self.pad_id = (None if name is None else config.special_tokens[name] for name in (config.bos, config.eos, config.pad))

@@ -15,13 +15,13 @@ from __future__ import annotations
 import io
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from titanlm.errors import DataError
+from titanlm.tokenizers.files import write
 
 SENTENCE_BYTES = 16384
 # U+2581 stands for a space and U+2585 for an unknown character inside the trainer.
@@ -100,18 +100,7 @@ def train_sentencepiece(
         if feed.error is not None:
             raise feed.error from None
         raise DataError(_explain(str(error), vocab_size, feed)) from error
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as file:
-        try:
-            file.write(model.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, output)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    write(Path(output), model.getvalue())
     return Trained(output, vocab_size, feed.n_texts, feed.n_bytes)
 
 
