@@ -160,6 +160,27 @@ def test_the_best_checkpoint_goes_by_a_metric_that_exists(tiny: Path) -> None:
     )
     assert "validation/validation/averaged_loss" in problem
     assert not check(load(tiny, ["--checkpoint.best=validation/validation/averaged_loss"])).problems
+    two = "--validation=[{name='a'},{name='b'},{name='c',weight=0}]"
+    for metric in ("validation/b/loss", "validation/summary/bits_per_byte", "validation/summary/averaged_perplexity"):
+        assert not check(load(tiny, [two, f"--checkpoint.best={metric}"])).problems
+    (problem,) = check(load(tiny, [two, "--checkpoint.best=validation/sumary/loss"])).problems
+    assert "did you mean 'validation/summary/loss'?" in problem
+    (problem,) = check(load(tiny, ["--checkpoint.best=validation/summary/loss"])).problems
+    assert "no validation set reports 'validation/summary/loss'" in problem, "there is no summary of one set"
+
+
+@pytest.mark.parametrize(
+    ("best", "validate_every", "every", "late"),
+    [
+        *(("validation/a/loss", *rest) for rest in ((0, (None, 5), True), (7, (None, 5), False), (7, (0, 5), True), (7, (20, 5), True), (7, (19, 5), False))),
+        *(("validation/summary/loss", *rest) for rest in ((5, (None, None), False), (0, (2, 5), False), (3, (None, 7), True), (3, (None, 0), True))),
+    ],
+)
+def test_a_best_that_is_only_known_at_the_end_is_told(tiny: Path, best: str, validate_every: int, every: tuple[int | None, int | None], late: bool) -> None:
+    sets = ",".join(f"{{name='{name}'{'' if steps is None else f',every={steps}'}}}" for name, steps in zip("ab", every, strict=True))
+    report = check(load(tiny, [f"--checkpoint.best={best}", f"--train.validate_every={validate_every}", f"--validation=[{sets}]"]))
+    told = [f"checkpoint.best: {best!r} is known at the end alone, whose step is kept anyway; set train.validate_every or the sets' `every`"]
+    assert (report.problems, report.warnings) == ([], told if late else [])
 
 
 def test_h7_a_check_looks_at_no_url_and_a_run_does(tiny: Path) -> None:
@@ -189,6 +210,30 @@ def test_d14_a_validation_file_that_is_trained_on_is_refused(tiny: Path) -> None
         found = check(load(tiny, [validation, f"--dataset.paths=[{text}]", '--dataset.errors="replace"'])).problems
         assert [problem for problem in found if problem.startswith("validation.0.file: ") and "is training data too" in problem]
     assert not check(load(tiny, [f'--validation=[{{file="{other}"}}]'])).problems
+
+
+def test_d14_a_set_holds_out_no_more_of_a_file_than_training_does(tiny: Path) -> None:
+    """The other way to train on what is scored: one file, all of which is trained on, and a set that takes 5 % of it."""
+    corpus = tiny.with_name("corpus.txt")
+
+    def found(trained: object, fraction: float, scored: object, own: float) -> list[str]:
+        dataset = f'--dataset={{name="text",paths=["{trained}"],unit="paragraph",validation_fraction={fraction}}}'
+        of_set = f'--validation=[{{name="five",dataset={{name="text",paths=["{scored}"],unit="paragraph",validation_fraction={own}}}}}]'
+        return check(load(tiny, [dataset, of_set])).problems
+
+    (tiny.parent / "folder").mkdir()
+    (tiny.parent / "folder" / "link.txt").symlink_to(corpus)
+    problem = f"validation.0.dataset.validation_fraction: 0.3, but training leaves out 0.2 of {corpus} and reads the rest; leave out as much there"
+    assert found(corpus, 0.2, corpus, 0.3) == [problem]
+    assert found(tiny.parent / "*.txt", 0.2, tiny.parent / "folder" / "*.txt", 0.3) == [problem]
+    (none_left,) = found(corpus, 0.0, corpus, 0.3)
+    assert "training leaves out 0 of" in none_left
+    for trained, scored in ((0.3, 0.3), (0.3, 0.2)):
+        assert found(corpus, trained, corpus, scored) == []
+    other = tiny.parent / "folder" / "other.txt"
+    other.write_text("\n\n".join(f"paragraph {number}" for number in range(100)), encoding="utf-8")
+    assert found(other, 0.1, corpus, 0.3) == []
+    assert len(found(other.parent, 0.1, other, 0.3)) == len(found(other, 0.1, other.parent, 0.3)) == 1
 
 
 def test_spans_that_rows_do_not_fill_and_documents_that_they_hide_are_told(tiny: Path) -> None:

@@ -23,7 +23,7 @@ from titanlm.cli import main
 from titanlm.config import Validation, load
 from titanlm.distributed.world import Peers, World
 from titanlm.errors import ConfigError, DataError, TitanError
-from titanlm.evaluate import Scores, ValidationSet, evaluate_target, open_set, score
+from titanlm.evaluate import Scores, ValidationSet, evaluate_target, open_set, score, summary
 from titanlm.registry import Component
 from titanlm.stream import build_streams
 from titanlm.targets import open_target
@@ -112,6 +112,30 @@ def test_rows_that_cut_documents(tiny: Path, corpus: Path, document_mask: bool) 
         scores = score(trainer.module, replace(trainer.validation[0], micro_batch=micro_batch), CPU)
         assert (scores.n_tokens, scores.n_bytes) == (n_tokens, n_bytes)
         assert scores.nll == pytest.approx(nll, rel=1e-6)
+
+
+SHORT = ["a pad", "ab", "aaaa aaaa", "größe", "b", "🙂 and a", "the longest of them all"]
+
+
+@pytest.mark.parametrize("packer", ["none", "best_fit", "concat"])
+def test_padding_is_no_label_whatever_its_id(tiny: Path, tmp_path: Path, packer: str) -> None:
+    """Short documents, padded with what is also a label: the separator that ends each of them, or a letter of theirs."""
+    file = tmp_path / "short.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in SHORT), encoding="utf-8")
+    shapes = ((1, 64), (3, 96), (16, 130)) if packer != "concat" else ((1, 130), (3, 140), (16, 150))  # `concat` would cut documents at shorter rows' ends
+    sets = (f'{{name="of {rows}",file="{file}",seq_len={seq_len},micro_batch={rows},packer="{packer}"}}' for rows, seq_len in shapes)
+    trainer = trained(tiny, f"--validation=[{','.join(sets)}]")
+    model, texts = exact(trainer.model), [text.encode() for text in SHORT]
+    nll = sum(nll_of(model, [BOUNDARY, *text], [*text, BOUNDARY]) for text in texts)
+    for entry in trainer.validation:
+        assert entry.boundaries["pad_id"] == trainer.tokenizer.eos_id == BOUNDARY
+        batches = list(entry.batches())
+        assert {batch.labels.shape for batch in batches} == {(entry.micro_batch, entry.seq_len)}
+        assert any((batch.document_ids < 0).any() for batch in batches), "nothing is padded"
+        found = score(trainer.module, entry, CPU)
+        assert (found.n_tokens, found.n_bytes) == (sum(len(text) + 1 for text in texts), sum(map(len, texts)))
+        assert found.nll == pytest.approx(nll, rel=1e-6)
+        assert found == score(trainer.module, replace(entry, boundaries=entry.boundaries | {"pad_id": ord("a")}), CPU)
 
 
 def test_max_tokens_takes_the_first_rows(tiny: Path) -> None:
@@ -275,6 +299,117 @@ def test_scores_that_are_too_large_for_a_float() -> None:
     assert scores.metrics("validation/v", "averaged_").keys() == {f"validation/v/averaged_{name}" for name in ("loss", "perplexity", "bits_per_byte")}
 
 
+# ---------------------------------------------------------------- several sets
+def metrics_of(losses: dict[str, float], prefix: str = "") -> dict[str, float]:
+    """As of sets with a byte for two tokens."""
+    scores = {name: Scores(loss, n_tokens=10, n_bytes=5, nll=10 * loss) for name, loss in losses.items()}
+    return {key: value for name, one in scores.items() for key, value in one.metrics(f"validation/{name}", prefix).items()}
+
+
+def test_a_summary_is_the_mean_by_weight() -> None:
+    weights, losses = {"english": 3.0, "math": 1.0, "code": 0.5}, {"english": 12.26, "math": 2.5, "code": 11.0}
+    sets = [Validation(name=name, weight=weight) for name, weight in weights.items()]
+    mean = np.average(list(losses.values()), weights=list(weights.values()))
+    found = summary(sets, metrics_of(losses))
+    assert found == {
+        "validation/summary/loss": pytest.approx(mean, rel=1e-14),
+        "validation/summary/perplexity": pytest.approx(math.exp(mean), rel=1e-13),
+        "validation/summary/bits_per_byte": pytest.approx(mean * 2 / math.log(2), rel=1e-14),
+    }
+    geometric = math.prod(math.exp(losses[name]) ** (weight / 4.5) for name, weight in weights.items())
+    assert found["validation/summary/perplexity"] == pytest.approx(geometric, rel=1e-12)
+    same = summary([Validation(name=name, weight=7.0) for name in losses], metrics_of(losses))
+    assert same["validation/summary/loss"] == pytest.approx(sum(losses.values()) / 3, rel=1e-14)
+    huge = [Validation(name=name, weight=weight * 5e307) for name, weight in weights.items()]  # their sum is no float
+    assert summary(huge, metrics_of(losses))["validation/summary/loss"] == pytest.approx(mean, rel=1e-14)
+    high = summary(sets, metrics_of(dict.fromkeys(losses, 1e4)))
+    assert (high["validation/summary/loss"], high["validation/summary/perplexity"]) == (pytest.approx(1e4, rel=1e-14), math.inf)
+
+
+def test_a_summary_is_of_all_its_sets_or_none() -> None:
+    sets = [Validation(name="a"), Validation(name="b")]
+    assert summary((), metrics_of({"a": 1.0})) == {}
+    assert summary(sets, metrics_of({"a": 1.0, "c": 2.0})) == {}
+    found = summary(sets, metrics_of({"a": 1.0, "b": 2.0}) | metrics_of({"a": 3.0, "b": 5.0}, "averaged_"))
+    assert found["validation/summary/loss"] == 1.5
+    assert found["validation/summary/averaged_loss"] == 4.0
+    assert found["validation/summary/averaged_perplexity"] == pytest.approx(math.exp(4), rel=1e-14)
+    assert not [key for key in summary(sets, metrics_of({"a": 1.0, "b": 2.0}) | metrics_of({"a": 3.0}, "averaged_")) if "averaged" in key]
+
+
+def test_which_sets_count(tiny: Path) -> None:
+    def counted(sets: str) -> list[str]:
+        return [entry.name for entry in load(tiny, [f"--validation={sets}"]).counted]
+
+    assert counted("[]") == counted("[{}]") == counted("[{},{name='b',weight=0}]") == []
+    assert counted("[{name='a'},{name='b',weight=0},{name='c',weight=2}]") == ["a", "c"]
+    for sets, problem in (
+        ("[{name='a',weight=0},{name='b',weight=0}]", r"validation: every set has weight 0; give one that counts a weight above it"),
+        ("[{name='a',weight=-1}]", r"validation\.0\.weight: expected a number greater than or equal to 0, got int -1"),
+        ("[{},{name='summary'}]", r"validation\.1\.name: 'summary' is what the mean over sets is called; take another"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            counted(sets)
+
+
+DOMAINS = '--validation=[{name="english",max_tokens=200,every=2,weight=3},{name="math",max_tokens=300,every=4},{name="code",max_tokens=400,every=1,weight=0}]'
+
+
+def test_a_run_logs_the_summary_where_all_that_count_are_scored(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tiny, DOMAINS, '--logger=["console","jsonl","tensorboard"]', steps=6).folder.path
+    lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "validation/code/loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    summed = [line for line in lines if any(key.startswith("validation/summary/") for key in line)]
+    assert [line["step"] for line in summed] == [4, 6]
+    printed = capsys.readouterr().out
+    for line in summed:
+        for prefix in ("", "averaged_"):
+            english, math_, mean = (line[f"validation/{name}/{prefix}loss"] for name in ("english", "math", "summary"))
+            assert mean == pytest.approx((3 * english + math_) / 4, rel=1e-14)
+            assert line[f"validation/summary/{prefix}perplexity"] == pytest.approx(math.exp(mean), rel=1e-14)
+            bits = [line[f"validation/{name}/{prefix}bits_per_byte"] for name in ("english", "math", "summary")]
+            assert bits[2] == pytest.approx((3 * bits[0] + bits[1]) / 4, rel=1e-14)
+            weights = " (averaged weights)" if prefix else ""
+            said = f"validation summary{weights}: loss {mean:.4f}  perplexity {math.exp(mean):.4f}  bits per byte {bits[2]:.4f}"
+            assert f"step {line['step']}/6  {said}" in printed
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("validation/summary/averaged_bits_per_byte")] == [4, 6]
+
+
+def test_the_summary_of_a_finished_run(tiny: Path) -> None:
+    run = trained(tiny, DOMAINS).folder.path
+    for averaged in (False, True):
+        found = values(run, averaged=averaged)["validation"]
+        assert list(found) == ["english", "math", "code", "summary"]
+        assert found["summary"].keys() == {"loss", "perplexity", "bits_per_byte"}
+        for key in ("loss", "bits_per_byte"):
+            assert found["summary"][key] == pytest.approx((3 * found["english"][key] + found["math"][key]) / 4, rel=1e-14)
+        mean = found["summary"]
+        last = evaluate_target(run, averaged=averaged).splitlines()[-1]
+        said = f"loss {mean['loss']:.4f}  perplexity {math.exp(mean['loss']):.3f}  bits per byte {mean['bits_per_byte']:.4f}"
+        assert last == f"  summary: {said}  (english 3, math 1)"
+    assert "summary" not in values(run, overrides=["--validation.1.weight=0"])["validation"]
+
+
+def test_sets_scored_before_are_scored_again_for_a_summary(tiny: Path) -> None:
+    """The data end at a step at which one set was due, and at the end all are."""
+    settings = ["--data.epochs=1", "--scheduler=constant", "--checkpoint.every=0", "--dataset.validation_fraction=0.9"]
+    with Trainer(load(tiny, ["--run.name=first", *settings])) as trainer:
+        trainer.train()
+        last = trainer.progress.step
+    assert 1 < last < 20
+    sets = f'--validation=[{{name="due",max_tokens=100,every={last}}},{{name="end",max_tokens=100,every=0}},{{name="no",max_tokens=50,every={last},weight=0}}]'
+    with Trainer(load(tiny, [*settings, sets])) as trainer:
+        trainer.train()
+        assert trainer.scored == {str(last): ["due", "no", "end"]}
+    lines = [json.loads(line) for line in (trainer.folder.path / "metrics.jsonl").read_text().splitlines()]
+    scored = [[name for name in ("due", "end", "no", "summary") if f"validation/{name}/loss" in line] for line in lines if line["step"] == last]
+    assert [names for names in scored if names] == [["due", "no"], ["due", "end", "summary"]]
+
+
 # ---------------------------------------------------------------- side effects
 def test_scoring_leaves_everything_as_it_was(tiny: Path) -> None:
     with Trainer(load(tiny)) as trainer:
@@ -362,9 +497,9 @@ def test_run_checkpoint_and_artifact_agree(tiny: Path, capsys: pytest.CaptureFix
 def test_several_sets(tiny: Path) -> None:
     run = trained(tiny, '--validation=[{name="held out",max_tokens=500},{name="seen",split="train",max_tokens=500}]', steps=2).folder.path
     results = values(run)["validation"]
-    assert list(results) == ["held out", "seen"]
+    assert list(results) == ["held out", "seen", "summary"]
     assert results["held out"]["loss"] != results["seen"]["loss"]
-    assert evaluate_target(run).count("\n") == 2
+    assert evaluate_target(run).count("\n") == 3, "a head, two sets and their summary"
 
 
 def test_how_far_counted_bytes_are_from_the_text_is_never_hidden(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,3 +144,10 @@ def test_bits_per_byte_and_perplexity() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(1e4) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(12.26, 210_732), (10.02, 22_444), (9.75, 17_180), (9.69, 16_152)])
+def test_perplexity_is_the_exponential_of_the_loss_however_high(loss: float, shown: int) -> None:
+    """Rows of a published log (Yxanul 197M, steps 100, 500, 1000 and 1400): losses to two digits, perplexities to whole numbers."""
+    assert perplexity(loss - 0.005) < shown < perplexity(loss + 0.005)
+    assert perplexity(math.log(shown)) == pytest.approx(shown, rel=1e-13), "not capped at a loss of 10"

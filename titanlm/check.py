@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from titanlm.config import RunConfig, Train, Validation
+from titanlm.config import SUMMARY, RunConfig, Train, Validation
 from titanlm.course import horizon_of, schedules_of
 from titanlm.datasets.files import OfflineError, offline
 from titanlm.distributed.strategy import shards_of
@@ -25,7 +25,7 @@ from titanlm.distributed.world import World
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, NamedParam, claim
 from titanlm.progress import Progress
-from titanlm.registry import did_you_mean, lookup
+from titanlm.registry import Component, did_you_mean, lookup
 from titanlm.runs import require_name
 
 
@@ -142,6 +142,8 @@ def _check(config: RunConfig) -> Report:
     names = [entry.name for entry in config.validation]
     if (best := config.checkpoint.best) and best not in (metrics := validation_metrics(config)):
         report.problems.append(f"checkpoint.best: no validation set reports {best!r}{did_you_mean(best, metrics)} (metrics: {', '.join(metrics)})")
+    elif best and not 0 < scored_every(config, best) < train.steps:
+        report.warnings.append(f"checkpoint.best: {best!r} is known at the end alone, whose step is kept anyway; set train.validate_every or the sets' `every`")
     for name in sorted({name for name in names if names.count(name) > 1}):
         report.problems.append(f"validation: two sets are named {name!r}; give each a `name` of its own")
     return report
@@ -191,7 +193,15 @@ def validation_metrics(config: RunConfig) -> list[str]:
     from titanlm.evaluate import SCORES
 
     prefixes = ["", "averaged_"] if config.averager is not None else [""]
-    return [f"validation/{entry.name}/{prefix}{score}" for entry in config.validation for prefix in prefixes for score in SCORES]
+    names = [*(entry.name for entry in config.validation), *([SUMMARY] if config.counted else [])]
+    return [f"validation/{name}/{prefix}{score}" for name in names for prefix in prefixes for score in SCORES]
+
+
+def scored_every(config: RunConfig, metric: str) -> int:
+    """Steps between values of a validation metric, which for the summary is where all its sets are scored; 0: only at the end."""
+    name = metric.removeprefix("validation/").rpartition("/")[0]
+    sets = config.counted if name == SUMMARY else [entry for entry in config.validation if entry.name == name]
+    return math.lcm(*(config.train.validate_every if entry.every is None else entry.every for entry in sets))
 
 
 def _fitter(config: RunConfig) -> Any:
@@ -242,6 +252,7 @@ def _check_data(config: RunConfig, report: Report) -> None:
         if trained := _trained_on(config, entry):
             where = "file" if entry.file is not None else "dataset.validation_paths"
             report.problems.append(f"validation.{index}.{where}: {trained} is training data too; a score on it would say nothing")
+        report.problems += (f"validation.{index}.dataset.validation_fraction: {problem}" for problem in _held_out_too_much(config, entry))
     if data.workers > data.n_streams:
         report.warnings.append(f"data.workers: {data.workers} processes, but data.n_streams is {data.n_streams}; so many work")
     if config.train.sample_every:
@@ -285,17 +296,35 @@ def _trained_on(config: RunConfig, entry: Validation) -> str | None:
     """A file of a validation set that the paths of the training data lead to as well. By name only: `titanlm data inspect --overlap` compares texts."""
     own = (entry.file,) if entry.file is not None else getattr(getattr(entry.dataset, "config", None), "validation_paths", ())
     held_out = {os.path.realpath(os.path.expanduser(path)): path for path in own if "://" not in path and "\0" not in path}
-    for source in config.sources if held_out else ():  # a glob of many files takes time
-        for path in getattr(source.dataset.config, "paths", ()):
-            if "://" in path:
-                continue
+    trained = {path for source in config.sources for path in _found(source.dataset)} if held_out else set()  # a glob of many files takes time
+    return next((said for file, said in held_out.items() if _within(file, trained)), None)
+
+
+def _held_out_too_much(config: RunConfig, entry: Validation) -> Iterator[str]:
+    """Where a set takes more of some files for validation than training leaves out: the rows between are trained on. Less is a part of it."""
+    if entry.dataset is None or entry.split != "validation":
+        return
+    fraction = getattr(entry.dataset.config, "validation_fraction", 0.0)
+    own = set(_found(entry.dataset)) if fraction else set()
+    for source in config.sources if own else ():
+        left = getattr(source.dataset.config, "validation_fraction", fraction)
+        trained = set(_found(source.dataset)) if left < fraction else set()
+        shared = next((path for some, others in ((own, trained), (trained, own)) for path in some if _within(path, others)), None)
+        if shared is not None:
+            yield f"{fraction:g}, but training leaves out {left:g} of {shared} and reads the rest; leave out as much there"
+
+
+def _found(dataset: Component) -> Iterator[str]:
+    """Real paths of what a dataset's local paths lead to; folders as they are."""
+    for path in getattr(dataset.config, "paths", ()):
+        if "://" not in path and "\0" not in path:
             path = os.path.expanduser(path)
-            for found in [path] if os.path.exists(path) else glob.glob(path, recursive=True):
-                real = os.path.realpath(found)
-                for file, said in held_out.items():
-                    if file == real or (os.path.isdir(real) and Path(real) in Path(file).parents):
-                        return said
-    return None
+            yield from map(os.path.realpath, [path] if os.path.exists(path) else glob.glob(path, recursive=True))
+
+
+def _within(path: str, paths: set[str]) -> bool:
+    """Whether it is one of them or below one."""
+    return path in paths or not paths.isdisjoint(map(str, Path(path).parents))
 
 
 def build_model(config: RunConfig, tokenizer: Any) -> Any:

@@ -36,6 +36,8 @@ MAX_ITEMS = 100
 """Of a list of components or tables."""
 DEFAULT_ROWS = 8
 """A forward pass, where a config says nothing of it."""
+SUMMARY = "summary"
+"""What is logged as if it were a validation set: the mean over those that count."""
 
 # ---------------------------------------------------------------- sections
 _T = TypeVar("_T", bound=type)
@@ -203,7 +205,8 @@ class Checkpoint:
     keep_last: PositiveInt = 2
     """Newest checkpoints kept."""
     best: str = ""
-    """Metric of a validation set by which the best checkpoint is kept besides, such as `validation/held_out/bits_per_byte`; less is better."""
+    """Metric of a validation set, or of their summary, by which the best checkpoint is kept besides, such as `validation/held_out/bits_per_byte`; less is
+    better."""
     keep_every: NonNegativeInt = 0
     """Checkpoints of steps that are multiples of this are kept for good; 0: none."""
     asynchronous: bool = True
@@ -241,8 +244,12 @@ class Validation:
     """Rows a forward pass; None: as many as in training, by `train.micro_batch` or `train.micro_batch_tokens`."""
     every: NonNegativeInt | None = None
     """Steps between scorings of this set; None: `train.validate_every`, 0: none. The end of a run always scores it."""
+    weight: NonNegativeFloat = 1.0
+    """How much the set counts in the mean over sets, beside the other weights; 0: it has no part in it."""
 
     def __post_init__(self) -> None:
+        if self.name == SUMMARY:
+            raise ValueError(f"name: {SUMMARY!r} is what the mean over sets is called; take another")
         if self.file is not None and self.dataset is not None:
             raise ValueError("file: excludes `dataset`; give one of them")
         if self.file is None and self.split == "train" and not self.max_tokens:
@@ -349,6 +356,8 @@ class RunConfig:
         labels = [source.label for source in self.data.source]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"data.source: two sources are called {label!r}; give each a `name` of its own")
+        if self.validation and not any(entry.weight for entry in self.validation):
+            raise ValueError("validation: every set has weight 0; give one that counts a weight above it")
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -357,6 +366,12 @@ class RunConfig:
             return self.data.source
         assert self.dataset is not None
         return (Source(dataset=self.dataset),)
+
+    @property
+    def counted(self) -> tuple[Validation, ...]:
+        """The validation sets that a summary is the mean of; none where fewer than two have a weight, and so no summary."""
+        counted = tuple(entry for entry in self.validation if entry.weight)
+        return counted if len(counted) > 1 else ()
 
 
 # ---------------------------------------------------------------- public

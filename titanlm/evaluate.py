@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from titanlm.batch import Batch, Row
-from titanlm.config import DEFAULT_ROWS, FILE_DATASETS, RunConfig, Validation
+from titanlm.config import DEFAULT_ROWS, FILE_DATASETS, SUMMARY, RunConfig, Validation
 from titanlm.data import batch_of, validation_rows
 from titanlm.datasets.mixture import Source
 from titanlm.distributed.world import Peers, World
@@ -67,6 +67,29 @@ class Scores:
 
     def metrics(self, head: str, prefix: str = "") -> dict[str, float]:
         return {f"{head}/{prefix}{name}": getattr(self, name) for name in SCORES}
+
+
+def summary(sets: Sequence[Validation], metrics: Mapping[str, float]) -> dict[str, float]:
+    """``validation/summary/…``: means over sets by their weights, of what ``Scores.metrics`` made for each as ``validation/NAME``.
+
+    A set counts by its weight, not by its size: Σ w·loss / Σ w, bits per byte
+    likewise, and for perplexity the exponential of the mean loss, which is the
+    geometric mean of theirs. Raw and averaged weights apart; nothing where a
+    set has no such score.
+    """
+    heaviest = max((entry.weight for entry in sets), default=1.0)
+    shares = [entry.weight / heaviest for entry in sets]  # the sum of the weights themselves may be too large for a float
+
+    def mean(score: str) -> float:
+        return sum(share * metrics[f"validation/{entry.name}/{score}"] for share, entry in zip(shares, sets, strict=True)) / sum(shares)
+
+    found: dict[str, float] = {}
+    for prefix in ("", "averaged_"):
+        if sets and all(f"validation/{entry.name}/{prefix}loss" in metrics for entry in sets):
+            loss = mean(f"{prefix}loss")
+            values = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": mean(f"{prefix}bits_per_byte")}
+            found |= {f"validation/{SUMMARY}/{prefix}{name}": value for name, value in values.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -178,7 +201,7 @@ def evaluate_target(
     compiled: bool = False,
     as_json: bool = False,
 ) -> str | None:
-    """Score a run, a checkpoint or an artifact on its validation sets; the text to print, None on all ranks but the first.
+    """Score a run, a checkpoint or an artifact on its validation sets, with their summary; the text to print, None on all ranks but the first.
 
     Under torchrun each rank holds the whole model, and they share out the
     batches. ``overrides`` change the stored config (another dataset, fewer
@@ -201,6 +224,7 @@ def evaluate_target(
         torch.cuda.set_device(opened.device)
     results: dict[str, dict[str, Any]] = {}
     differences: dict[str, str] = {}
+    metrics: dict[str, float] = {}
     alone = nullcontext() if world.size == 1 else connected(world, opened.device, timeout_s=parallel.timeout_s, init_timeout_s=parallel.init_timeout_s)
     with alone:
         if len(different := sorted(set(Peers(world).gather(f"{opened.source} ({opened.weights} weights)")))) > 1:
@@ -219,21 +243,27 @@ def evaluate_target(
                 "uncounted_bytes": scores.uncounted_bytes,
             }
             differences[entry.name] = scores.difference
+            metrics |= scores.metrics(f"validation/{entry.name}")
     if world.rank:
         return None
+    mean = {key.rpartition("/")[2]: value for key, value in summary(opened.config.counted, metrics).items()}
     if as_json:
         # JSON has no nan: a number that is not finite is null.
-        numbers = {name: {key: value if math.isfinite(value) else None for key, value in values.items()} for name, values in results.items()}
+        found = results | ({SUMMARY: mean} if mean else {})
+        numbers = {name: {key: value if math.isfinite(value) else None for key, value in values.items()} for name, values in found.items()}
         return json.dumps({"target": str(target), "weights": opened.weights, "validation": numbers})
     lines = [f"{opened.source} ({opened.weights} weights)"]
     for name, values in results.items():
-        lines.append(
-            f"  {name}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.3f}  bits per byte {values['bits_per_byte']:.4f}"
-            f"  ({values['tokens']:,} tokens, {values['bytes']:,} bytes)"
-        )
+        lines.append(f"  {name}: {_said(values)}  ({values['tokens']:,} tokens, {values['bytes']:,} bytes)")
         if differences[name]:
             lines.append(f"  {name}: {differences[name]}")
+    if mean:
+        lines.append(f"  {SUMMARY}: {_said(mean)}  ({', '.join(f'{entry.name} {entry.weight:g}' for entry in opened.config.counted)})")
     return "\n".join(lines)
+
+
+def _said(values: Mapping[str, float]) -> str:
+    return f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.3f}  bits per byte {values['bits_per_byte']:.4f}"
 
 
 def _scored(opened: Target, entry: ValidationSet, peers: Peers) -> Scores:

@@ -81,7 +81,7 @@ class Dataset(Protocol):
 
 
 class Filter(Protocol):
-    """A row has ``text``, ``source``, ``n_tokens`` (of the text, by the run's tokenizer, counted when asked for) and the data's own columns."""
+    """A row has ``text``, ``place`` (where it is), ``n_tokens`` (of the text, by the run's tokenizer, counted when asked for) and the data's own columns."""
 
     columns: tuple[str, ...]
     """The data's columns that it reads, so that others stay on disk; may be absent: all are read."""

@@ -47,7 +47,7 @@ from titanlm.distributed.strategy import build_strategy
 from titanlm.distributed.watchdog import Watchdog
 from titanlm.distributed.world import Peers, World
 from titanlm.errors import CheckpointError, ConfigError, DataError, PeerError, TitanError
-from titanlm.evaluate import Scores, ValidationSet, pad_id, score
+from titanlm.evaluate import Scores, ValidationSet, pad_id, score, summary
 from titanlm.failures import is_lost_connection, is_out_of_memory, out_of_memory
 from titanlm.guard import FiniteGuard
 from titanlm.interrupts import Interrupted, Interrupts
@@ -521,10 +521,12 @@ class Trainer:
     def validate_once(self, sets: list[ValidationSet]) -> None:
         """Score those of the sets that have not been scored at this step: a run killed in a validation makes up for it when it is started again."""
         step, done = self.progress.step, self.scored.get(str(self.progress.step), [])
-        missing = [entry for entry in sets if entry.name not in done]
+        counted = {entry.name for entry in self.config.counted}
+        again = counted if counted.difference(done) and counted.issubset(entry.name for entry in sets) else ()  # their summary is of one scoring
+        missing = [entry for entry in sets if entry.name not in done or entry.name in again]
         if missing:
             self.validate(missing)
-            self.scored[str(step)] = [*done, *(entry.name for entry in missing)]
+            self.scored[str(step)] = list(dict.fromkeys([*done, *(entry.name for entry in missing)]))
             self.peers.first(lambda: write_atomic(self.folder.path / SCORED, json.dumps(self.scored)))
 
     def _profiled(self, trace: Path | None) -> None:
@@ -600,6 +602,7 @@ class Trainer:
                     continue
                 if scores.difference:
                     self.loggers.message(f"{entry.name}: {scores.difference}")
+        metrics |= summary(self.config.counted, metrics)
         if metrics:
             self.loggers.log(self.progress.step, metrics)
         if self.best.beaten_by(metrics) and self._or_warn(partial(self.save, wait=True)):

@@ -38,7 +38,7 @@ class ListRows:
         return len(self.texts)
 
     def row(self, index):
-        return {"text": self.texts[index], "source": f"row {index}"}
+        return {"text": self.texts[index], "place": f"row {index}"}
 
 
 def stream(texts, number=0, n_streams=1, split="train", **settings):

@@ -88,7 +88,7 @@ def test_lines_are_found_whatever_the_chunks(tmp_path, monkeypatch):
             continue
         one = build(path, shuffle=False, epochs=1)
         rows = [one.next_text()[0] for _ in range(len(wanted))]
-        assert [(row["source"], row["text"]) for row in rows] == [(f"{path} line {number}", text) for number, text in wanted.items()]
+        assert [(row["place"], row["text"]) for row in rows] == [(f"{path} line {number}", text) for number, text in wanted.items()]
         assert next(one, None) is None
 
 

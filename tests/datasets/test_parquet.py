@@ -332,7 +332,7 @@ def test_only_columns_that_are_asked_for_are_read(tmp_path):
     SEEN.clear()
     epoch(tmp_path, filters=[Component.named("filter", "parquet_test_any")])
     (seen,) = SEEN
-    assert seen == {"score": 1, "rest": [1], "text": "a", "source": f"{path} row group 0 row 0"}
+    assert seen == {"score": 1, "rest": [1], "text": "a", "place": f"{path} row group 0 row 0"}
 
 
 # ---------------------------------------------------------------- splits

@@ -110,7 +110,7 @@ def test_lines_against_plain_splitting(tmp_path):
         (tmp_path / f"{number}.txt").write_text("\n".join(lines[number * 100 : number * 100 + 100]))
     rows = rows_of(TextConfig(paths=(str(tmp_path),), unit="line"))
     assert texts_of(rows) == lines
-    assert rows.row(101)["source"] == f"{tmp_path / '1.txt'} byte {len(lines[100].encode()) + 1}"
+    assert rows.row(101)["place"] == f"{tmp_path / '1.txt'} byte {len(lines[100].encode()) + 1}"
 
 
 @pytest.mark.parametrize("unit", ["file", "paragraph", "line"])

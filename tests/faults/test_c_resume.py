@@ -273,6 +273,35 @@ def test_c19_the_best_outlives_rotation_and_resume(tiny: Path, monkeypatch: pyte
     assert [step for step, _ in checkpoint.steps(folder / "checkpoints")] == [2, 5]
 
 
+@pytest.mark.parametrize(
+    ("metric", "weights", "best"),
+    [("english/loss", (1, 1, 1), 1), ("math/perplexity", (1, 1, 1), 3), ("summary/loss", (1, 1, 1), 2), ("summary/averaged_loss", (8, 1, 1), 4)],
+)
+def test_c19_the_best_by_any_set_and_by_their_summary(tiny: Path, monkeypatch: pytest.MonkeyPatch, metric: str, weights: tuple[int, ...], best: int) -> None:
+    """Weighted means by step: 6.7, 2.7, 3.8, 3.1, 9 for equal weights, and 3.4, 3.2, 3.0, 2.5, 9 with English eightfold."""
+    import titanlm.train
+    from titanlm.checkpoint_commands import listing
+    from titanlm.evaluate import Scores
+
+    losses = {"english": [2.0, 3.3, 3.0, 2.2, 9.0], "math": [9.0, 2.2, 1.5, 3.5, 9.0], "code": [9.0, 2.5, 7.0, 3.7, 9.0]}
+    calls = dict.fromkeys(losses, 0)
+
+    def scored(module: Any, entry: Any, *rest: Any) -> Scores:
+        calls[entry.name] += 1
+        loss = losses[entry.name][(calls[entry.name] - 1) // 2]  # raw and averaged
+        return Scores(loss, 10, 10, 10 * loss)
+
+    monkeypatch.setattr(titanlm.train, "score", scored)
+    sets = ",".join(f"{{name='{name}',max_tokens=48,weight={weight}}}" for name, weight in zip(losses, weights, strict=True))
+    settings = ["--checkpoint.every=1", "--checkpoint.keep_last=1", "--train.validate_every=1", "--scheduler=constant", f"--validation=[{sets}]"]
+    for steps in (3, 5):
+        run(tiny, f"--train.steps={steps}", f"--checkpoint.best=validation/{metric}", *settings)
+    folder = tiny.parent / "runs" / "tiny"
+    assert json.loads((folder / "best.json").read_text())["step"] == best
+    rows = [line.split() for line in listing(str(folder)).splitlines()[1:]]
+    assert [(int(row[0]), row[-1]) for row in rows] == [(best, "best"), (5, "newest")]
+
+
 def test_weights_alone_are_not_resumed_but_taken_up(tiny: Path) -> None:
     run(tiny, "--run.name=small", "--train.steps=2", "--scheduler=constant", "--checkpoint.save_only_model=true")
     folder = tiny.parent / "runs" / "small" / "checkpoints" / "step-00000002"

@@ -14,7 +14,7 @@ from titanlm.registry import Component
 
 
 def keeps(name: str, row: dict, **settings) -> bool:
-    return Component.named("filter", name, **settings).build().keep({"text": "some text", "source": "a.parquet, row 7", **row})
+    return Component.named("filter", name, **settings).build().keep({"text": "some text", "place": "a.parquet, row 7", **row})
 
 
 def test_min_score_compares_a_column_with_a_bound() -> None:
@@ -27,6 +27,17 @@ def test_min_tokens_takes_a_column_or_counts() -> None:
     for count, kept in ((9, False), (10, True), (10.0, True), (1000, True)):
         assert keeps("min_tokens", {"token_count": count}, tokens=10, column="token_count") is kept
         assert keeps("min_tokens", {"n_tokens": count}, tokens=10) is kept
+
+
+def test_one_of_compares_a_column_with_texts() -> None:
+    for source, kept in (("math", True), ("code", True), ("Math", False), ("math ", False), ("web", False), ("", False), (None, False)):
+        assert keeps("one_of", {"source": source}, values=("math", "code")) is kept
+    assert keeps("one_of", {"source": "web", "language": "ko"}, values=("ko",), column="language")
+    assert Component.named("filter", "one_of", values=("a",), column="language").build().columns == ("language",)
+    with pytest.raises(DataError, match=r"^a\.parquet, row 7: filter 'one_of' finds int 3 in column 'source', where it needs text$"):
+        keeps("one_of", {"source": 3}, values=("3",))
+    with pytest.raises(DataError, match=r"filter 'one_of' finds no column 'domian'; did you mean 'domain'\? \(there: text, place, domain\)"):
+        keeps("one_of", {"domain": "x"}, values=("x",), column="domian")
 
 
 def test_a_row_without_a_value_is_refused() -> None:
@@ -46,9 +57,9 @@ def test_a_missing_column_is_named_with_those_there() -> None:
     with pytest.raises(DataError) as caught:
         keeps("min_score", {"score": 1.0, "url": "x"}, score=1.0, column="scoer")
     assert str(caught.value) == (
-        "a.parquet, row 7: filter 'min_score' finds no column 'scoer'; did you mean 'score'? (there: text, source, score, url); set the filter's `column`"
+        "a.parquet, row 7: filter 'min_score' finds no column 'scoer'; did you mean 'score'? (there: text, place, score, url); set the filter's `column`"
     )
-    with pytest.raises(DataError, match=r"filter 'min_tokens' finds no column 'words' \(there: text, source, token_count\)"):
+    with pytest.raises(DataError, match=r"filter 'min_tokens' finds no column 'words' \(there: text, place, token_count\)"):
         keeps("min_tokens", {"token_count": 3}, tokens=2, column="words")
 
 
@@ -75,7 +86,7 @@ class ScoredRows:
         return 20
 
     def row(self, index: int) -> dict:
-        return {"text": "w" * index, "source": f"row {index}", "score": None if index % 5 == 0 else index / 2}
+        return {"text": "w" * index, "place": f"row {index}", "score": None if index % 5 == 0 else index / 2}
 
 
 def kept_by(*filters: Component) -> list[int]:
@@ -94,10 +105,13 @@ def test_a_dataset_passes_over_what_they_refuse() -> None:
 
 def test_they_are_listed_described_and_chosen_in_a_config(tiny) -> None:
     assert "min_score " in listing("filter")
+    assert "one_of " in listing("filter")
     assert "min_tokens " in listing("filter")
     assert "Fewest tokens kept." in describe("filter", "min_tokens")
     assert "Lowest score kept." in describe("filter", "min_score")
     chosen = load(tiny, ['--dataset.filter=[{name="min_tokens", tokens=9, column="n"}, {name="min_score", score=3}]']).dataset.config.filter
     assert chosen == (Component.named("filter", "min_tokens", tokens=9, column="n"), Component.named("filter", "min_score", score=3.0))
+    with pytest.raises(ConfigError, match=r"dataset\.filter\.0\.values: empty, so no row would be kept"):
+        load(tiny, ['--dataset.filter=[{name="one_of", values=[]}]'])
     with pytest.raises(ConfigError, match=r"tokens: .*greater than 0"):
         load(tiny, ['--dataset.filter=[{name="min_tokens", tokens=0}]'])

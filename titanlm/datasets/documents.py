@@ -60,7 +60,7 @@ class Rows(Protocol):
     """Of the data: file names, sizes and contents, and every setting that changes which rows there are."""
 
     def __len__(self) -> int: ...
-    def row(self, index: int) -> Mapping[str, Any]: ...  # "text" (str or None) and "source" at least
+    def row(self, index: int) -> Mapping[str, Any]: ...  # "text" (str or None) and "place" at least
 
 
 class Shards(Protocol):
@@ -338,7 +338,7 @@ class TextDocuments:
                 yield _Item(row, self._tokenizer)
                 continue
             for start, piece in pieces(text, self._max_bytes):
-                whole = row if len(piece) == len(text) else {**row, "text": piece, "source": f"{row['source']} byte {start}"}
+                whole = row if len(piece) == len(text) else {**row, "text": piece, "place": f"{row['place']} byte {start}"}
                 yield _Item(whole, self._tokenizer)
 
     def _skip(self, row: Unreadable, note: bool) -> None:
@@ -361,7 +361,7 @@ class TextDocuments:
         try:
             ids = item.ids if isinstance(item, _Item) else self._tokenizer.encode(item["text"])
         except DataError as error:
-            raise DataError(f"{item['source']} (document {document_id}): {error}") from error
+            raise DataError(f"{item['place']} (document {document_id}): {error}") from error
         whole = np.concatenate([self._begin, ids, self._end])
         whole.flags.writeable = False
         return Document(whole, document_id, len(item["text"].encode("utf-8")))

@@ -56,7 +56,7 @@ class JsonlConfig:
     block_rows: PositiveInt = 256
     """In files that are compressed or behind a URL: so many rows are shuffled together, and each stream holds that many."""
     filter: tuple[Annotated[Component, Slot("filter")], ...] = ()
-    """What a row must pass, besides having text; rows have the object's keys, `text` and `source`, their place."""
+    """What a row must pass, besides having text; rows have the object's keys, `text` and `place`, file and line."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -172,7 +172,7 @@ class JsonlRows(_Lines):
             raise UnreadableRow(f"{place}: longer than {LINE_BYTES >> 20} MiB")
         raw = self._open(file).read_at(start, end - start)
         try:
-            return {**self._parse(raw, start == 0), "source": place}
+            return {**self._parse(raw, start == 0), "place": place}
         except ValueError as error:
             raise UnreadableRow(f"{place}: {error}") from None
 
@@ -229,7 +229,7 @@ class JsonlShards(_Lines):
                 except ValueError as error:
                     yield Unreadable(1, f"{place}: {error}")
                 else:
-                    yield {**parsed, "source": place}
+                    yield {**parsed, "place": place}
 
 
 def _find_lines(file: Source, starts: array[int]) -> np.ndarray:

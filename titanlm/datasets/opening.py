@@ -96,7 +96,7 @@ class Reading:
                 item, document_id = self.dataset.next_text()
             except StopIteration:
                 return None
-            return Piece(str(item.get("source", "")), item["text"], lambda: self.dataset.tokenise(item, document_id))  # type: ignore[attr-defined]
+            return Piece(str(item.get("place", "")), item["text"], lambda: self.dataset.tokenise(item, document_id))  # type: ignore[attr-defined]
         document = next(self.dataset, None)
         return None if document is None else Piece(f"document {document.document_id}", None, lambda: document)
 

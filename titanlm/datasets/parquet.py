@@ -32,7 +32,7 @@ _BATCH_ROWS = 128
 """A batch has at most so many rows, and on average so many bytes: one row can be large."""
 _LARGE_BYTES = 16 << 20
 """After a batch of so many bytes Arrow is told to give back what it keeps for the next."""
-_COMPUTED = ("n_tokens", "source", "text")
+_COMPUTED = ("n_tokens", "place", "text")
 """Columns that every row has whether the file does or not."""
 
 
@@ -55,7 +55,7 @@ class ParquetConfig:
     block_rows: PositiveInt = 256
     """So many rows of a shard are shuffled together; each stream holds that many."""
     filter: tuple[Annotated[Component, Slot("filter")], ...] = ()
-    """What a row must pass, besides having text; rows have the file's columns, `text` and `source`, their place."""
+    """What a row must pass, besides having text; rows have the file's columns, `text` and `place`, file and row."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -299,9 +299,9 @@ def _is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
 
 
-def _row(texts: list[str | None | Unreadable], others: Mapping[str, Sequence[Any]], row: int, source: str) -> dict[str, Any] | Unreadable:
+def _row(texts: list[str | None | Unreadable], others: Mapping[str, Sequence[Any]], row: int, place: str) -> dict[str, Any] | Unreadable:
     text, texts[row] = texts[row], None
-    return text if isinstance(text, Unreadable) else {**{name: values[row] for name, values in others.items()}, "text": text, "source": source}
+    return text if isinstance(text, Unreadable) else {**{name: values[row] for name, values in others.items()}, "text": text, "place": place}
 
 
 def _text(scalar: Any, place: str) -> str | None | Unreadable:

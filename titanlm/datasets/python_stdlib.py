@@ -39,7 +39,7 @@ class PythonStdlibConfig:
     shuffle: bool = True
     """Train in another order every epoch; validation always goes by path."""
     filter: tuple[Annotated[Component, Slot("filter")], ...] = ()
-    """What a row must pass, besides having text; rows have `text` and `source`, the path."""
+    """What a row must pass, besides having text; rows have `text` and `place`, the path."""
 
 
 @register("dataset", "python_stdlib")
@@ -107,7 +107,7 @@ class SourceFiles:
                 text = file.read()
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
             raise UnreadableRow(f"{self.name}: cannot read {path}: {error}") from error
-        return {"text": _cut(text, self._config.max_bytes_per_file), "source": path}
+        return {"text": _cut(text, self._config.max_bytes_per_file), "place": path}
 
 
 def _sources(root: Path) -> list[str]:

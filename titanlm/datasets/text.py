@@ -52,7 +52,7 @@ class TextConfig:
     shuffle: bool = True
     """Train in another order every epoch; validation always goes in order of the files."""
     filter: tuple[Annotated[Component, Slot("filter")], ...] = ()
-    """What a row must pass, besides having text; rows have `text` and `source`, path and byte offset."""
+    """What a row must pass, besides having text; rows have `text` and `place`, path and byte offset."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -148,7 +148,7 @@ class TextRows:
             at = start + error.start
             raise UnreadableRow(f'{name}: byte {at} is not UTF-8 ({error.reason}); convert the file, or set dataset.errors = "replace"') from error
         # A byte order mark is no part of the text.
-        return {"text": decoded.removeprefix("\ufeff") if start == 0 else decoded, "source": f"{name} byte {start}"}
+        return {"text": decoded.removeprefix("\ufeff") if start == 0 else decoded, "place": f"{name} byte {start}"}
 
     def _cut(self, source: Source, file: int, start: int, end: int) -> Iterator[int]:
         """Where the pieces of a long document begin and end, one after the other."""

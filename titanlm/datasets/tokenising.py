@@ -58,7 +58,7 @@ def tokens_of(dataset: Any, tokenizer: Tokenizer, items: Sequence[_Item]) -> Tok
     parts, text_bytes, counted_bytes = [], [], []
     for item, document_id in items:
         document = dataset.tokenise(item, document_id)
-        ids, where = document.ids, item.get("source", f"document {document_id}")
+        ids, where = document.ids, item.get("place", f"document {document_id}")
         if document.trained is not None:
             raise DataError(f"{where}: has tokens that are read but not predicted, which shards cannot say; train on this dataset as it is")
         if sum(int((ids == one).sum()) for one in special) != n_special:

@@ -1,4 +1,4 @@
-"""What the filters share: a number out of a row."""
+"""What the filters share: a number or a text out of a row."""
 
 from __future__ import annotations
 
@@ -15,21 +15,37 @@ def number_in(row: Mapping[str, Any], column: str, filter_name: str) -> float | 
 
     Raises DataError when the row has no such column or something else in it.
     """
-    try:
-        value = row[column]  # not `in`: a column may be computed when it is asked for
-    except KeyError as error:
-        there = ", ".join(row)
-        raise DataError(f"{_place(row, filter_name)} no column {column!r}{did_you_mean(column, row)} (there: {there}); set the filter's `column`") from error
+    value = _value_in(row, column, filter_name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise DataError(f"{_place(row, filter_name)} {type(value).__name__} {_shown(value)} in column {column!r}, where it needs a number")
+        raise _no(value, "a number", row, column, filter_name)
     return float(value)
 
 
+def text_in(row: Mapping[str, Any], column: str, filter_name: str) -> str | None:
+    """The text in a column of a row, likewise."""
+    value = _value_in(row, column, filter_name)
+    if value is not None and not isinstance(value, str):
+        raise _no(value, "text", row, column, filter_name)
+    return value
+
+
+def _value_in(row: Mapping[str, Any], column: str, filter_name: str) -> Any:
+    try:
+        return row[column]  # not `in`: a column may be computed when it is asked for
+    except KeyError as error:
+        there = ", ".join(row)
+        raise DataError(f"{_place(row, filter_name)} no column {column!r}{did_you_mean(column, row)} (there: {there}); set the filter's `column`") from error
+
+
+def _no(value: Any, wanted: str, row: Mapping[str, Any], column: str, filter_name: str) -> DataError:
+    return DataError(f"{_place(row, filter_name)} {type(value).__name__} {_shown(value)} in column {column!r}, where it needs {wanted}")
+
+
 def _place(row: Mapping[str, Any], filter_name: str) -> str:
-    source = row.get("source")
-    return f"{'' if source is None else f'{source}: '}filter {filter_name!r} finds"
+    place = row.get("place")
+    return f"{'' if place is None else f'{place}: '}filter {filter_name!r} finds"
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ class ArithmeticConfig:
     hold_out_every: PositiveInt = 20
     """Of so many pairs of numbers one is for validation and the others for training; at least 2."""
     filter: tuple[Annotated[Component, Slot("filter")], ...] = ()
-    """Rows have `text` and `source`."""
+    """Rows have `text` and `place`."""
 
     def __post_init__(self) -> None:
         if self.hold_out_every < 2:
@@ -49,4 +49,4 @@ class Problems:
         # Pairs 0, k, 2k... are held out; training has those between them.
         pair = index + index // (self._every - 1) + 1 if self._train else index * self._every
         a, b = divmod(pair, self._base)
-        return {"text": f"{a} + {b} = {a + b}\n{a} - {b} = {a - b}\n{a} * {b} = {a * b}\n", "source": f"pair {pair}"}
+        return {"text": f"{a} + {b} = {a + b}\n{a} - {b} = {a - b}\n{a} * {b} = {a * b}\n", "place": f"pair {pair}"}
