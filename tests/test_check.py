@@ -236,6 +236,16 @@ def test_d14_a_set_holds_out_no_more_of_a_file_than_training_does(tiny: Path) ->
     assert len(found(other.parent, 0.1, other, 0.3)) == len(found(other, 0.1, other.parent, 0.3)) == 1
 
 
+def test_files_of_the_standard_library_that_a_set_names_are_left_out_of_training(tiny: Path) -> None:
+    def found(trained: str, scored: str) -> list[str]:
+        dataset = f'--dataset={{name="python_stdlib",validation_files={trained}}}'
+        return check(load(tiny, [dataset, f'--validation=[{{dataset={{name="python_stdlib",validation_files={scored}}}}}]'])).problems
+
+    assert not found('["json/*", "this.py"]', '["this.py"]')
+    (problem,) = found('["json/*"]', '["json/*", "this.py"]')
+    assert problem == "validation.0.dataset.validation_files: 'this.py' is not in the training data's dataset.validation_files, so it is trained on; add it there"
+
+
 def test_spans_that_rows_do_not_fill_and_documents_that_they_hide_are_told(tiny: Path) -> None:
     from titanlm.datasets.shard_file import ShardWriter, dtype_for
 

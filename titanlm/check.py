@@ -252,7 +252,7 @@ def _check_data(config: RunConfig, report: Report) -> None:
         if trained := _trained_on(config, entry):
             where = "file" if entry.file is not None else "dataset.validation_paths"
             report.problems.append(f"validation.{index}.{where}: {trained} is training data too; a score on it would say nothing")
-        report.problems += (f"validation.{index}.dataset.validation_fraction: {problem}" for problem in _held_out_too_much(config, entry))
+        report.problems += (f"validation.{index}.dataset.{problem}" for problem in _held_out_too_much(config, entry))
     if data.workers > data.n_streams:
         report.warnings.append(f"data.workers: {data.workers} processes, but data.n_streams is {data.n_streams}; so many work")
     if config.train.sample_every:
@@ -311,7 +311,12 @@ def _held_out_too_much(config: RunConfig, entry: Validation) -> Iterator[str]:
         trained = set(_found(source.dataset)) if left < fraction else set()
         shared = next((path for some, others in ((own, trained), (trained, own)) for path in some if _within(path, others)), None)
         if shared is not None:
-            yield f"{fraction:g}, but training leaves out {left:g} of {shared} and reads the rest; leave out as much there"
+            yield f"validation_fraction: {fraction:g}, but training leaves out {left:g} of {shared} and reads the rest; leave out as much there"
+    for source in config.sources:
+        if source.dataset.name == entry.dataset.name and (named := getattr(entry.dataset.config, "validation_files", ())):
+            left_out = source.dataset.config.validation_files
+            if trained_on := [pattern for pattern in named if pattern not in left_out]:
+                yield f"validation_files: {trained_on[0]!r} is not in the training data's dataset.validation_files, so it is trained on; add it there"
 
 
 def _found(dataset: Component) -> Iterator[str]:

@@ -48,6 +48,20 @@ def test_splits_are_disjoint_and_cover_everything(library):
     assert len(list(islice(build(validation_fraction=0.1), 100))) == 100
 
 
+def test_files_held_out_by_name(library):
+    named = {"validation_files": ("package0/*", "latin.py")}
+    train, validation = (list(build(split, **named).texts()) for split in ("train", "validation"))
+    assert len(validation) == 15
+    assert all("Module" in text or "latin" in text for text in validation)
+    assert not set(train) & set(validation)
+    assert sorted(train + validation) == sorted(build(validation_fraction=0.0).texts())
+    assert len(list(build("validation", validation_files=("latin.py",)).texts())) == 1
+    with pytest.raises(DataError, match=r"dataset.validation_files: 'jsom/\*' matches none of 42 files, such as 'empty.py'"):
+        build(validation_files=("latin.py", "jsom/*"))
+    with pytest.raises(DataError, match="none of 42 files is left for 'train'; change dataset.validation_files"):
+        build(validation_files=("*",))
+
+
 def test_limits_cut_files_at_a_line_end(library):
     (library / "aaa.py").write_text("x = 'é'\n" * 10 + "end")
     (library / "aab.py").write_text("é" * 50)

@@ -13,6 +13,7 @@ import sysconfig
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ class PythonStdlibConfig:
 
     validation_fraction: Fraction = 0.05
     """Share of the files held out for validation, chosen by the sha256 of their paths."""
+    validation_files: tuple[str, ...] = ()
+    """Globs of the paths of the files held out, such as `json/*`, in place of that share; a validation set of its own may name some of what training leaves."""
     max_files: PositiveInt | None = None
     """Use only so many files, the first by path."""
     max_bytes_per_file: PositiveInt | None = None
@@ -86,10 +89,15 @@ class SourceFiles:
                 'or train on files of your own: [dataset] name = "text"'
             )
         found = found[: config.max_files]
-        self._paths = [path for path in found if held_out(path.encode(), config.validation_fraction) == (split != "train")]
+        if unknown := [pattern for pattern in config.validation_files if not any(fnmatchcase(path, pattern) for path in found)]:
+            raise DataError(f"{self.name}: dataset.validation_files: {unknown[0]!r} matches none of {len(found)} files, such as {found[0]!r}")
+        self._paths = [path for path in found if _held_out(path, config) == (split != "train")]
         if not self._paths:
-            raise DataError(f"{self.name}: none of {len(found)} files is left for {split!r}; change dataset.validation_fraction or dataset.max_files")
+            change = "validation_files" if config.validation_files else "validation_fraction"
+            raise DataError(f"{self.name}: none of {len(found)} files is left for {split!r}; change dataset.{change} or dataset.max_files")
         digest = hashlib.sha256(repr((split, config.validation_fraction, config.max_files, config.max_bytes_per_file)).encode())
+        if config.validation_files:
+            digest.update(repr(config.validation_files).encode())
         for path in self._paths:
             with open(root / path, "rb") as file:
                 head = file.read(_HEAD_BYTES)
@@ -108,6 +116,12 @@ class SourceFiles:
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
             raise UnreadableRow(f"{self.name}: cannot read {path}: {error}") from error
         return {"text": _cut(text, self._config.max_bytes_per_file), "place": path}
+
+
+def _held_out(path: str, config: PythonStdlibConfig) -> bool:
+    if config.validation_files:
+        return any(fnmatchcase(path, pattern) for pattern in config.validation_files)
+    return held_out(path.encode(), config.validation_fraction)
 
 
 def _sources(root: Path) -> list[str]:
