@@ -243,7 +243,8 @@ def test_files_of_the_standard_library_that_a_set_names_are_left_out_of_training
 
     assert not found('["json/*", "this.py"]', '["this.py"]')
     (problem,) = found('["json/*"]', '["json/*", "this.py"]')
-    assert problem == "validation.0.dataset.validation_files: 'this.py' is not in the training data's dataset.validation_files, so it is trained on; add it there"
+    where = "validation.0.dataset.validation_files"
+    assert problem == f"{where}: 'this.py' is not in the training data's dataset.validation_files, so it is trained on; add it there"
 
 
 def test_spans_that_rows_do_not_fill_and_documents_that_they_hide_are_told(tiny: Path) -> None:

@@ -129,7 +129,7 @@ def test_make_targets_and_scripts_exist() -> None:
     for where, command in written_commands():
         if match := re.match(r"make ([a-z]+)(?: |$)", command):
             assert match[1] in targets, f"{where}: {command}"
-        if match := re.match(r"python ([\w/]+\.py)", command):
+        if match := re.match(r"python (\w+/[\w/]+\.py)", command):  # none of ours lies at the top; those of other projects do
             assert (ROOT / match[1]).is_file(), f"{where}: {command}"
 
 

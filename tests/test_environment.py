@@ -165,6 +165,26 @@ def test_an_old_gpu_lacks_bf16_and_compile_needs_triton(monkeypatch: pytest.Monk
     assert requirements(config(device="cpu", precision="bf16", compiled="block")) == []
 
 
+@pytest.mark.parametrize(
+    ("recipe", "capability", "remedy"),
+    [
+        ("rowwise", (8, 0), "needs a GPU of compute capability 9.0, and A GPU has 8.0; leave the quantizer out (--quantizer=[])"),
+        ("rowwise", (8, 9), "needs a GPU of compute capability 9.0, and A GPU has 8.9; use 'tensorwise'"),
+        ("tensorwise", (8, 6), "needs a GPU of compute capability 8.9, and A GPU has 8.6; leave the quantizer out (--quantizer=[])"),
+        ("tensorwise", (8, 9), None),
+        ("rowwise", (9, 0), None),
+    ],
+)
+def test_fp8_needs_a_gpu_that_has_it(recipe: str, capability: tuple[int, int], remedy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    settings = config(device="cuda", precision="bf16")
+    settings.quantizer = (Component.named("quantizer", "int8"), Component.named("quantizer", "float8", recipe=recipe))
+    assert requirements(settings) == ([f"quantizer.1.recipe: {recipe!r} {remedy}"] if remedy else [])
+
+
 def test_packages_of_components_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "wandb", "tensorboard", "zstandard", "brotli")
     loggers = ("console", "wandb", "tensorboard")

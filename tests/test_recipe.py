@@ -118,7 +118,7 @@ def test_a_recipe_is_found_by_name_file_and_folder(two: Path, tmp_path: Path, mo
     assert open_recipe("recipes/two").path == open_recipe("recipes/two/recipe.toml").path == Path("recipes/two/recipe.toml")
     for file in SHIPPED:  # of the checkout, wherever one is
         assert found()[file.parent.name].resolve() == file
-    with pytest.raises(TitanError, match=r"no recipe 'tow'; did you mean 'two'\? \(recipes: .*two; or name a recipe.toml or its folder\)"):
+    with pytest.raises(TitanError, match=r"no recipe 'tow'; did you mean 'two'\? \(recipes: .*two\b.*; or name a recipe.toml or its folder\)"):
         open_recipe("tow")
     monkeypatch.chdir(two.parent)
     assert open_recipe("recipe.toml").name == "two"

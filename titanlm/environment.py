@@ -41,6 +41,8 @@ _NEEDED_BY = {
     ("quantizer", "float8"): "torchao",
 }
 """Component → the package it imports."""
+_FP8 = (8, 9)
+"""Compute capability of the first GPUs that have it."""
 _CODECS = {"zstd": "zstandard", "brotli": "brotli"}
 
 
@@ -80,7 +82,7 @@ def report() -> dict[str, Any]:
                     "memory_gib": round(properties.total_memory / 2**30, 1),
                     "capability": f"{properties.major}.{properties.minor}",
                     "bf16": capability >= (8, 0),
-                    "fp8": capability >= (8, 9),
+                    "fp8": capability >= _FP8,
                 }
             )
     commit, dirty = git_state(Path(titanlm.__file__).parent.parent)
@@ -150,6 +152,7 @@ def _device_problems(run_config: Any) -> Iterator[str]:
         yield f"train.precision: {torch.cuda.get_device_name()} has no bf16; use 'fp32'"
     if compiled not in ("", "none"):
         yield from _moments_problems(run_config)
+    yield from _float8_problems(run_config)
     if compiled not in ("", "none") and not _installed("triton"):
         yield f"train.compile: {compiled!r} needs triton on a GPU; run: pip install triton, or use 'none'"
 
@@ -158,8 +161,20 @@ def _moments_problems(run_config: Any) -> Iterator[str]:
     import torch
 
     for index, entry in enumerate(getattr(run_config, "optimizer", ())):
-        if getattr(entry.config, "moments", "") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        if getattr(entry.config, "moments", "") == "fp8" and torch.cuda.get_device_capability() < _FP8:
             yield f"optimizer.{index}.moments: 'fp8' needs a GPU of compute capability 8.9 or newer where a run is compiled; use 'int8'"
+
+
+def _float8_problems(run_config: Any) -> Iterator[str]:
+    import torch
+
+    for index, entry in enumerate(getattr(run_config, "quantizer", ())):
+        needed = getattr(entry.config, "capability", None)
+        if needed is None or (found := torch.cuda.get_device_capability()) >= needed:
+            continue
+        remedy = "use 'tensorwise'" if found >= _FP8 else "leave the quantizer out (--quantizer=[])"
+        what = f"{entry.config.recipe!r} needs a GPU of compute capability {needed[0]}.{needed[1]}"
+        yield f"quantizer.{index}.recipe: {what}, and {torch.cuda.get_device_name()} has {found[0]}.{found[1]}; {remedy}"
 
 
 def _package_problems(run_config: Any) -> Iterator[str]:

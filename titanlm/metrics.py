@@ -41,6 +41,15 @@ PEAK_FLOPS = {
 }
 """Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets, by device name; the first match counts."""
 
+MEMORY_GIB = {
+    r"GH200|H200(?! NVL)": 139.7,
+    r"H100(?! NVL)|A100.* 80GB|A100.*-80GB": 79.1,
+    r"A100.* 40GB|A100.*-40GB": 39.3,
+    r"RTX 5090": 31.3,
+    r"RTX 4090(?! D)": 23.6,
+}
+"""GiB that torch finds in a device, by its name, rounded down: some less than is printed on it. The first match counts."""
+
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a device, FLOP/s; None for CPUs and GPUs that are not in the table."""
@@ -53,9 +62,19 @@ def peak_flops(device: torch.device) -> float | None:
 
 def peak_flops_of(device_name: str) -> float | None:
     """The table by name, as ``torch.cuda.get_device_name`` gives it. Laptop chips and slices of a GPU are others."""
+    return _by_name(PEAK_FLOPS, device_name)
+
+
+def memory_of(device_name: str) -> int | None:
+    """Bytes that a device has, by its name as torch gives it; None where the table does not know it."""
+    found = _by_name(MEMORY_GIB, device_name)
+    return None if found is None else int(found * GIB)
+
+
+def _by_name(table: dict[str, float], device_name: str) -> float | None:
     if re.search(r"\b(Laptop|Max-Q|MIG)\b", device_name):
         return None
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b(?:{pattern})\b", device_name)), None)
+    return next((value for pattern, value in table.items() if re.search(rf"\b(?:{pattern})\b", device_name)), None)
 
 
 def bits_per_byte(nll_sum: float, n_bytes: int) -> float:

@@ -2,7 +2,8 @@
 
 Everything here is computed. Models are built on the meta device, where tensors
 have shapes and no memory; moments are counted by letting each optimizer make a
-step there. What is not known is said to be unknown rather than guessed.
+step there, activations by a forward and backward pass. What is not known is
+said to be unknown rather than guessed.
 
 Memory and traffic follow torch's algorithms, for N devices of which S share
 one copy (`fsdp2`: all, `hsdp`: a group):
@@ -34,7 +35,9 @@ from titanlm.datasets.files import offline
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
 from titanlm.errors import ConfigError, TitanError
-from titanlm.metrics import GIB, PEAK_FLOPS, peak_flops_of
+from titanlm.loggers.text import printable
+from titanlm.metrics import GIB, PEAK_FLOPS, memory_of, peak_flops_of
+from titanlm.pass_memory import pass_bytes
 from titanlm.patterns import NamedParam
 from titanlm.recipe import ScaledRecipe
 from titanlm.registry import did_you_mean
@@ -268,8 +271,7 @@ def _rows(training: _Training, world: World, device_name: str | None, peak: floa
             yield place, f"{sum(parts.values()) / GIB:.3f} GiB a device, computed: {text}"
     if layout.accumulation is None:
         yield "micro-batches", 'of as many rows as a probe at the start finds to fit (train.micro_batch_tokens = "auto"): not known here'
-    primed = " and, while priming, one more copy of weights, moments and average" if config.train.priming_steps else ""
-    yield "", f"activations, buffers{primed} come on top and are not counted"
+    yield from _room(layout, held.device, device_name)
     if world.size > 1:
         traffic = layout.traffic()
         named = {"gathering parameters": traffic.gathers, "scattering gradients": traffic.scatters, "adding up gradients": traffic.reduces}
@@ -286,6 +288,33 @@ def _rows(training: _Training, world: World, device_name: str | None, peak: floa
     if (limit := train.max_wallclock_s) is not None:
         needed = flops * tokens / (limit * peak * world.size)
         yield "", f"train.max_wallclock_s ends it after {limit / 3600:.2f} hours; all steps within them take {needed:.0%} MFU"
+
+
+def _room(layout: Layout, held: dict[str, int], device_name: str | None) -> Iterator[tuple[str, str]]:
+    """(name, text) of what a pass takes beside what a device holds, and whether it has room for all of it."""
+    from titanlm.micro_batch import SHARE  # which counts with layouts itself
+
+    train = layout.config.train
+    primed = sum(held.get(name, 0) for name in ("weights", "moments", "average")) if train.priming_steps else 0
+    if primed:
+        yield "priming", f"{primed / GIB:.3f} GiB for a while, one more copy of weights, moments and average"
+    rows = train.rows(train.seq_len)
+    try:
+        taken = None if rows is None else pass_bytes(layout.config, layout.model, rows)
+    except (RuntimeError, ImportError) as error:
+        taken = None
+        yield "", f"a pass cannot be followed without numbers: {printable(str(error).splitlines()[0])}"
+    if taken is None:
+        yield "", "activations come on top and are not counted"
+        return
+    yield "activations", f"{taken / GIB:.3f} GiB at most, computed: {rows} rows of {train.seq_len:,} forward and backward, uncompiled"
+    memory = None if device_name is None else memory_of(device_name)
+    if memory is None:
+        return
+    whole = sum(held.values()) + primed + taken
+    remedy = "" if whole <= SHARE * memory else "; lower train.micro_batch_tokens or loss.chunk_tokens, or set train.activation_checkpointing"
+    said = f"{whole / GIB:.3f} GiB, {whole / memory:.0%} of what {device_name} has"
+    yield "in all", f"{said}: {'does not fit' if remedy else 'fits'} in the {SHARE:.0%} that can be planned with{remedy}"
 
 
 def _together(trainings: Sequence[_Training], world: World, device_name: str | None, peak: float | None) -> Iterator[tuple[str, str]]:

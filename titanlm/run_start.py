@@ -20,6 +20,7 @@ from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.loggers.text import printable
 from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB
+from titanlm.models.layers.product import share_computed_with
 from titanlm.runs import RunFolder
 from titanlm.tokenizers.fingerprint import difference
 from titanlm.tuned import Tuned
@@ -109,6 +110,9 @@ def begin_quantizers(config: RunConfig, model: Any, n_tokens: int, *, device: to
     for entry, names in zip(config.quantizer, quantizer_claims(config, model).claimed, strict=True):
         begin = getattr(entry.build(), "begin", None)
         notes += [] if begin is None else begin(model, names, device=device, compiled=compiled, tuned=tuned, **facts)
+        if getattr(entry.build(), "of_products", False):
+            seq_len = config.train.seq_len
+            notes.append(f"{entry.name}: {share_computed_with(model, names, seq_len)} in rows of {seq_len:,}")
     return notes
 
 

@@ -255,7 +255,7 @@ def test_h4_protocols_that_are_not_read(url, message):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    def missing(url):
+    def missing(url, **options):
         raise ImportError(CANARY)
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
@@ -263,6 +263,26 @@ def test_a_missing_package_is_named(monkeypatch):
         files("hf://datasets/a/b")
     with pytest.raises(DataError, match=r"s3:// that is not installed; pip install 's3fs'"):
         files("s3://bucket/x")
+
+
+@pytest.mark.parametrize("token", [CANARY, None])
+def test_the_hubs_token_is_the_environments_and_is_not_shown(monkeypatch, token):
+    """Of a login that is kept on the machine nothing is taken; other protocols are told nothing."""
+    asked = []
+
+    def refused(url, **options):
+        asked.append(options)
+        raise PermissionError(f"401 with {CANARY}")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refused)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    for url in ("hf://datasets/a/b", "s3://bucket/x"):
+        with pytest.raises(DataError, match="cannot be opened: PermissionError") as caught:
+            files(url)
+        assert CANARY not in str(caught.value)
+    assert asked == [{"token": token or False}, {}]
 
 
 def test_offline(memory, folder):

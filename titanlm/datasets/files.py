@@ -410,11 +410,16 @@ def filesystem_of(url: str, key: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options_of(protocol))
     except ImportError:
         raise DataError(f"{said} needs a package for {protocol}:// that is not installed; pip install '{PROTOCOLS[protocol]}'") from None
     except Exception as error:  # whatever the library of this protocol raises
         raise DataError(f"{said} cannot be opened: {reason_of(error)}") from None
+
+
+def options_of(protocol: str) -> dict[str, Any]:
+    """What fsspec is told for a protocol: the Hub's token comes from the environment or not at all, since what an earlier login left is nobody's choice."""
+    return {"token": os.environ.get("HF_TOKEN") or False} if protocol == "hf" else {}
 
 
 def _remote(url: str, key: str, suffixes: tuple[str, ...]) -> list[_Found]:

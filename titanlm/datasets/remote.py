@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from titanlm.datasets.files import PROTOCOLS
+from titanlm.datasets.files import PROTOCOLS, options_of
 from titanlm.errors import DataError, TitanError
 from titanlm.loggers.text import printable
 
@@ -82,11 +82,9 @@ class Folder:
             raise DataError(f"{self.shown}: no address that is read (there are {', '.join(f'{one}://' for one in _PACKAGES)}; local folders have none)")
         if "@" in re.split(r"[/?#]", rest)[0]:
             raise DataError(f"{self.shown}: has a user or password in it, which would end up in logs; put them in the environment")
-        # The token comes from the environment or not at all: what an earlier login left on this machine is not used.
-        options = {"token": os.environ.get("HF_TOKEN") or False} if protocol == "hf" else {}
         try:
             with self._told("cannot be opened"):
-                files, root = fsspec.core.url_to_fs(url, **options)
+                files, root = fsspec.core.url_to_fs(url, **options_of(protocol))
         except ImportError:
             raise DataError(f"{self.shown}: a package is missing; pip install '{_PACKAGES[protocol]}'") from None
         return files, root

@@ -31,8 +31,9 @@ With ``fsdp2`` weights are gathered as without this quantizer and cast after
 that: torchao's gather in FP8 wants parameters of a class of its own, which
 optimizers and checkpoints would have to know.
 
-Where there is no FP8 (on the CPU) products of the same rounded operands are
-computed in fp32, which tells what FP8 does to a loss and is slow.
+On the CPU products of the same rounded operands are computed in fp32, which
+tells what FP8 does to a loss and is slow. A run on a GPU without the FP8 of its
+recipe is refused before that (``titanlm.environment``).
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ class Float8Config:
     """One scale a tensor (fastest), one a row, or one a row with weight gradients in bf16 (most exact)."""
     select: Literal["policy", "measured", "all"] = "policy"
     """policy: shapes that gain on an H100 by torchao's measurements. measured: those that gain on this device, timed when the run first starts."""
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Which a GPU needs."""
+        return CAPABILITY[self.recipe]
 
 
 class Shape(NamedTuple):
@@ -165,7 +171,8 @@ def gains(recipe: str, n_in: int, n_out: int) -> bool:
 
 
 def has_float8(device: torch.device, recipe: str) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY[recipe]
+    """Also the meta device, on which nothing is computed."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY[recipe])
 
 
 def float8_product(recipe: str, *, emulate: bool, compiled: bool = False) -> Product:

@@ -152,7 +152,12 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 def _kernels(backend: str, mask: Mask, q: Tensor) -> tuple[str, str] | None:
-    """Names of the kernels, forward and backward; None where torch's own functions serve."""
+    """Names of the kernels, forward and backward; None where torch's own functions serve.
+
+    On the meta device one stands for all: none keeps scores, and torch's own would there.
+    """
+    if q.is_meta:
+        return "cudnn", "cudnn"
     if backend == "auto":
         if mask is not None or not fused(q) or q.shape[-1] % 8 or q.shape[-1] > 128:
             return None
@@ -167,13 +172,16 @@ def attention_mask(batch: Batch, backend: str, cache: KVCache | None, head_dim: 
     """What each position of ``batch`` sees, for every layer of one forward pass.
 
     With a cache the batch is a continuation of one document a row, and a
-    position sees the slots up to its own. Raises TitanError where the backend
-    cannot serve heads of this width and dtype on the batch's device.
+    position sees the slots up to its own. On the meta device, where ids say
+    nothing, it is None. Raises TitanError where the backend cannot serve heads
+    of this width and dtype on the batch's device.
     """
     positions, ids = batch.positions, batch.document_ids
     if cache is not None:
         slots = torch.arange(cache.used, device=positions.device)
         return (slots <= positions[..., None])[:, None]
+    if positions.is_meta:
+        return None
     if backend in NAMED and not torch.compiler.is_compiling():
         deterministic = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
         require(backend, head_dim, documents=batch.document_mask, dtype=dtype, deterministic=deterministic, device=positions.device)

@@ -63,8 +63,8 @@ def aligned_product(x: Tensor, weight: Tensor, product: Product, multiple: int) 
 
 
 def needs_alignment(x: Tensor, weight: Tensor) -> bool:
-    """Compiled code is left alone: the compiler pads products itself."""
-    return x.is_cuda and len(weight) * x.element_size() % _ROW_BYTES != 0 and not torch.compiler.is_compiling()
+    """Compiled code is left alone: the compiler pads products itself. The meta device takes the memory that a GPU would."""
+    return (x.is_cuda or x.is_meta) and len(weight) * x.element_size() % _ROW_BYTES != 0 and not torch.compiler.is_compiling()
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ whoever holds one by its class, such as the head, would lose it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,3 +82,28 @@ def compute_with(multiplier: Multiplier, product: Product) -> None:
     """Let the module use this product from now on; code compiled before is compiled again."""
     module = multiplier.module
     module.products = {**getattr(module, "products", {}), multiplier.own: product}  # type: ignore[assignment]
+
+
+class Share(NamedTuple):
+    """Of a model, by whose products are not the plain ones."""
+
+    n_matrices: int
+    parameters: float
+    """Of all parameters."""
+    flops: float
+    """Of a token's, forward and backward, attention included."""
+
+    def __str__(self) -> str:
+        return f"{self.n_matrices} matrices, {self.parameters:.2%} of the parameters and {self.flops:.2%} of the FLOPs of a token"
+
+
+def share_computed_with(model: Any, params: Sequence[str], seq_len: int) -> Share:
+    """What :func:`compute_with` has set for the named parameters; a tied one counts once, its FLOPs at every use."""
+    names, sizes, flops = set(params), dict[str, int](), 0
+    of = {parameter: name for name, parameter in model.named_parameters() if name in names}
+    for module in model.modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter in of and own in getattr(module, "products", {}):
+                sizes[of[parameter]] = parameter.numel()
+                flops += 6 * parameter.numel()
+    return Share(len(sizes), sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters()), flops / model.flops_per_token(seq_len))
