@@ -98,10 +98,10 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict[str, obje
             peak_gib = peak_memory_gib(trainer.device)
             if options.profile:
                 found["kernels"] = kernels(trainer, 2)
-            train, model = config.train, trainer.module.model
-            tokens = train.global_batch * train.seq_len
+            model, phase = trainer.module.model, trainer.phases.at(trainer.progress)
+            tokens = phase.rows_per_rank * phase.seq_len * trainer.world.size
             step_s, quarters = statistics.median(times), statistics.quantiles(times, n=4)
-            full, matrices = model.flops_per_token(train.seq_len), model.flops_per_token(0)
+            full, matrices = model.flops_per_token(phase.seq_len), model.flops_per_token(0)
             found |= {
                 "config": options.config, "overrides": overrides, "torch": torch.__version__,
                 "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",

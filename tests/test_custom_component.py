@@ -44,9 +44,9 @@ POINTS = {kind: next(iter(tomli.loads((SOURCE / "pyproject.toml").read_text())["
 SHORT = [
     "--train.device=cpu", "--train.deterministic=true", "--train.threads=1", "--train.log_every=1", "--train.seq_len=24",
     "--train.global_batch=6", "--train.micro_batch=3", "--averager.start=4", "--scheduler.warmup_steps=5", "--validation.0.max_tokens=500",
-    "--checkpoint.keep_last=5",
+    "--checkpoint.keep_last=5", "--curriculum.0.steps=2", "--curriculum.0.seq_len=12",
 ]  # fmt: skip
-"""All fourteen kinds in half a second; documents are longer than rows, so packers are stopped half-way through them."""
+"""All fifteen kinds in half a second; documents are longer than rows, so packers are stopped half-way through them."""
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,20 @@ def test_rates_are_of_the_interval() -> None:
     assert "eta_s" not in report
 
 
+def test_steps_before_and_after_a_change_of_length_count_with_their_own_flops() -> None:
+    clock = Clock()
+    made = meter(clock, peak=1e13)
+    made.start()
+    clock.now += 2
+    made.step(1000, 0.0)
+    made.flops_per_token = 3e9
+    made.step(500, 0.0)
+    assert made.report()["mfu"] == pytest.approx((1000 * 1e9 + 500 * 3e9) / 2 / 1e13)
+    clock.now += 1
+    made.step(10, 0.0)
+    assert made.report()["mfu"] == pytest.approx(10 * 3e9 / 1e13)
+
+
 def test_pauses_do_not_count_and_may_nest() -> None:
     clock = Clock()
     made = meter(clock)

@@ -34,7 +34,7 @@ def traced(file: str | Path, *overrides: str) -> tuple[int, int]:
     model = planned_model(config)
     rows = config.train.rows(config.train.seq_len)
     assert rows is not None
-    return pass_bytes(config, model, rows), sum(Layout(config, model, World()).memory().device.values())
+    return pass_bytes(config, model, rows, config.train.seq_len), sum(Layout(config, model, World()).memory().device.values())
 
 
 def allocated_at_most(run: Any) -> int:
@@ -62,7 +62,7 @@ def test_a_pass_takes_what_the_allocator_gives_out(tiny: Path, recompute: str) -
     ]
     config = load(tiny, [*words, "--train.seq_len=128", "--model.embedding_rank=16", "--model.tie_embeddings=false"])
     meta = planned_model(config)
-    expected = pass_bytes(config, meta, 4)
+    expected = pass_bytes(config, meta, 4, config.train.seq_len)
     assert all(parameter.grad is None for parameter in meta.parameters())
 
     model = build_model(config, config.tokenizer.build()).to_empty(device="cpu")
@@ -120,7 +120,7 @@ def test_a_pass_takes_what_the_gpus_allocator_gives_out(recompute: str) -> None:
     """Four layers of Yxanul in bf16 with its vocabulary, uncompiled, without fused kernels; the allocator rounds blocks up and has workspaces among them."""
     shape = ("--model.n_layers=4", "--model.expect_params=170771840", "--quantizer=[]", "--train.micro_batch_tokens=8192", "--data.document_mask=false")
     config = load(ROOT / "train_configs/yxanul/yxanul_270m.toml", [*shape, f"--train.activation_checkpointing={recompute}"])
-    expected = pass_bytes(config, planned_model(config), 4)
+    expected = pass_bytes(config, planned_model(config), 4, config.train.seq_len)
     model = planned_model(config).to_empty(device="cuda")
     initialise(model, 0)
     module = TrainModule(model, config.loss.build())
@@ -159,7 +159,7 @@ def test_what_cannot_run_without_numbers_says_so(tiny: Path) -> None:
     model = planned_model(config)
     model.blocks[0] = Looks()
     with pytest.raises(RuntimeError, match="meta"):
-        pass_bytes(config, model, 4)
+        pass_bytes(config, model, 4, config.train.seq_len)
 
 
 @pytest.mark.parametrize(

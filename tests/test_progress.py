@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from titanlm.progress import Horizon, Phase, Phases, Progress
+from titanlm.progress import Horizon, Phase, Phases, Progress, Start, largest_divisor
 
 SHORT, LONG, ROUNDED = (Phase(seq_len, 2, 1) for seq_len in (64, 128, 256))
 
@@ -56,3 +56,37 @@ def test_starts_in_another_order_are_refused(starts: tuple[float, ...]) -> None:
 def test_shares_need_a_horizon() -> None:
     with pytest.raises(ValueError, match="give its horizon"):
         Phases([(0, SHORT), (0.5, LONG)])
+
+
+def test_a_start_may_be_a_step_and_a_share() -> None:
+    """Both have to be reached; the share sets in within the second stage, so what it would make of the first never comes."""
+    late = [Phase(phase.seq_len, 2, 1, switches=(("late", True),)) for phase in (SHORT, LONG)]
+    stages = [(0, SHORT), (4, LONG), (0.6, late[0]), (Start(4, 0.6), late[1])]
+    by_steps, timed = Phases(stages, Horizon(10)), Phases(stages, Horizon(10, max_wallclock_s=100.0))
+    assert [by_steps.at(Progress(step)) for step in (3, 4, 5, 6, 9)] == [SHORT, LONG, LONG, late[1], late[1]]
+    assert timed.at(Progress(3, elapsed_s=60.0)) is late[0]
+    assert by_steps.after(Progress()) == (SHORT, LONG, late[1])
+    assert timed.after(Progress()) == (SHORT, LONG, late[0], late[1])
+    assert timed.after(Progress(3, elapsed_s=60.0)) == (late[0], late[1])
+    assert timed.after(Progress(4, elapsed_s=1.0)) == (LONG, late[1])
+    with pytest.raises(ValueError, match=r"must increase strictly from 0"):
+        Phases([*stages, (4, SHORT)], Horizon(10))
+
+
+def test_learning_rates_rise_again_and_are_never_0() -> None:
+    phase = Phase(8, 1, 1, lr_multiplier=3.0, rewarmup_steps=4, start_step=10)
+    assert [phase.lr_factor(Progress(step)) for step in (0, 10, 11, 13, 14, 99)] == [0.75, 0.75, 1.5, 3.0, 3.0, 3.0]
+    assert SHORT.lr_factor(Progress(5)) == 1.0
+    assert phase.changes(SHORT) == "seq_len 8, micro_batch 1, lr_multiplier 3.0, rewarmup_steps 4"
+
+
+def test_the_largest_pass_is_that_with_most_positions_then_of_the_longest_rows() -> None:
+    phases = Phases([(0, Phase(8, 64, 1)), (1, Phase(64, 8, 4)), (2, Phase(128, 2, 1))])
+    assert phases.largest_pass(True) == (8, 64)
+    assert phases.longest.seq_len == 128
+
+
+def test_largest_divisor_against_trying_all() -> None:
+    for n in range(60):
+        for most in range(70):
+            assert largest_divisor(n, most) == max((d for d in range(1, min(n, most) + 1) if n % d == 0), default=1)

@@ -12,16 +12,18 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from titanlm.config import SUMMARY, RunConfig, Train, Validation
-from titanlm.course import horizon_of, schedules_of
+from titanlm.course import horizon_of, legs_of, longest_row, schedules_of
+from titanlm.curriculum import curriculum_problems, curriculum_warnings, stage_rows, stages_from
 from titanlm.datasets.files import OfflineError, offline
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
+from titanlm.epochs import read_again
 from titanlm.errors import DataError, TitanError
 from titanlm.patterns import Claims, NamedParam, claim
 from titanlm.progress import Progress
@@ -74,7 +76,11 @@ def check(config: RunConfig, *, network: bool = False) -> Report:
 def _check(config: RunConfig) -> Report:
     report = Report()
     train = config.train
-    report.problems += micro_batch_problems(train)
+    sound = config
+    if config.curriculum:
+        config, sound = _check_stages(config, report)
+    else:
+        report.problems += micro_batch_problems(train)
     if train.compile != "none" and train.compile_cache not in ("run", "off"):
         from titanlm.distributed.compile_cache import COMPILE_CACHE, cache_file
 
@@ -89,7 +95,7 @@ def _check(config: RunConfig) -> Report:
         report.problems += parallel_problems(config, world)
     _check_data(config, report)
     if report.tokenizer is not None:
-        report.model = report.attempt("model", lambda: build_model(config, report.tokenizer))
+        report.model = report.attempt("model", lambda: build_model(sound, report.tokenizer))
     if report.model is not None:
         _check_model(config, report)
     run = {"total_steps": train.steps, "horizon": horizon_of(config)}
@@ -147,6 +153,20 @@ def _check(config: RunConfig) -> Report:
     for name in sorted({name for name in names if names.count(name) > 1}):
         report.problems.append(f"validation: two sets are named {name!r}; give each a `name` of its own")
     return report
+
+
+def _check_stages(config: RunConfig, report: Report) -> tuple[RunConfig, RunConfig]:
+    """The config without a curriculum that cannot be built, and without one that is wrong: what else is wrong shows all the same, and once."""
+    without = replace(config, curriculum=())
+    if None in [report.attempt(f"curriculum.{index}", partial(stages_from, entry)) for index, entry in enumerate(config.curriculum)]:
+        return without, without
+    if problems := list(curriculum_problems(config)):
+        report.problems += problems
+        return config, without
+    report.warnings += curriculum_warnings(config)
+    if again := read_again(config):
+        report.warnings.append(f"curriculum: {again}")
+    return config, config
 
 
 def artifact_warnings(config: RunConfig) -> Iterator[str]:
@@ -233,14 +253,18 @@ def _check_data(config: RunConfig, report: Report) -> None:
             remedy = "give more or shorter documents, or lower it"
             report.warnings.append(f"data.n_streams: {data.n_streams} streams read {stream.n_rows} documents, several the same at once; {remedy}")
 
+    lengths = sorted({leg.seq_len for leg in legs_of(config)})
+    for seq_len in lengths if config.curriculum else ():
+        report.attempt("packer", partial(config.packer.build, seq_len=seq_len))
     for index, one in enumerate(config.sources):
         if one.dataset.name == "token_spans" and data.document_mask:
             report.problems.append("data.document_mask: dataset 'token_spans' does not tell documents apart; set it to false")
         if one.dataset.name == "token_spans" and getattr(config.model.config, "smear_gate", "") == "masked":
             report.warnings.append("model.smear_gate: 'masked' shuts where documents begin, and dataset 'token_spans' tells only where spans do")
-        if one.dataset.name == "token_spans" and config.packer.name == "none" and (rest := one.dataset.config.span_tokens % train.seq_len):
-            padded = (train.seq_len - rest) / (one.dataset.config.span_tokens + train.seq_len - rest)
-            report.warnings.append(f"dataset.span_tokens: no multiple of train.seq_len = {train.seq_len}, so {padded:.0%} of all positions are padding")
+        for seq_len in lengths if one.dataset.name == "token_spans" and config.packer.name == "none" else ():
+            if rest := one.dataset.config.span_tokens % seq_len:
+                padded, rows = (seq_len - rest) / (one.dataset.config.span_tokens + seq_len - rest), "train.seq_len =" if not config.curriculum else "rows of"
+                report.warnings.append(f"dataset.span_tokens: no multiple of {rows} {seq_len}, so {padded:.0%} of all positions are padding")
         report.attempt(f"data.source.{index}.dataset" if data.source else "dataset", partial(source, one, one.name or "train"))
     for index, entry in enumerate(config.validation):
         own = f"validation.{index}" if entry.dataset is None else f"validation.{index}.dataset"
@@ -276,12 +300,20 @@ def micro_batch_problems(train: Train) -> Iterator[str]:
 def parallel_problems(config: RunConfig, world: World) -> Iterator[str]:
     """What does not fit together with so many ranks."""
     parallel, train, n_streams = config.parallel, config.train, config.data.n_streams
-    micro_batch = train.rows(train.seq_len) or 1
+    micro_batch, steps = train.rows(train.seq_len) or 1, {train.global_batch: None}
+    if config.curriculum:
+        micro_batch, steps = 1, dict.fromkeys(leg.rows for leg in legs_of(config))
     if parallel.strategy == "none" and world.size > 1:
         yield f"parallel.strategy: 'none' trains with one process and there are {world.size}; use 'replicate', or 'fsdp2' for models that fill a GPU"
-    if world.size > 1 and (train.global_batch % (micro_batch * world.size) or n_streams % world.size):
-        legal = [n for n in range(1, train.global_batch + 1) if train.global_batch % (micro_batch * n) == 0 and n_streams % n == 0]
+
+    def shared(n: int) -> bool:
+        return n_streams % n == 0 and all(rows % (micro_batch * n) == 0 for rows in steps)
+
+    if world.size > 1 and not shared(world.size):
+        legal = [n for n in range(1, min(*steps, n_streams) + 1) if shared(n)]
         rows = f"{train.global_batch} rows in micro-batches of {micro_batch}, and {n_streams} streams of data"
+        if config.curriculum:
+            rows = f"steps of {', '.join(map(str, steps))} rows in the stages of the curriculum, and {n_streams} streams of data"
         yield f"parallel: {rows}, cannot be shared out evenly among {world.size} ranks; {', '.join(map(str, legal)) or 'no number of'} ranks can"
     shards = shards_of(parallel, world)
     if parallel.strategy == "hsdp" and world.size % shards:
@@ -340,7 +372,7 @@ def build_model(config: RunConfig, tokenizer: Any) -> Any:
     import torch
 
     with torch.device("meta"):
-        model = config.model.build(vocab_size=tokenizer.vocab_size, max_seq_len=config.train.seq_len)
+        model = config.model.build(vocab_size=tokenizer.vocab_size, max_seq_len=longest_row(config))
         model.adapter = None
         if config.adapter is not None:
             adapter = config.adapter.build(model=model)
@@ -439,21 +471,22 @@ def summary(config: RunConfig, model: Any) -> str:
     """Parameters, FLOPs a token, tokens a step and the memory of weights and optimizer."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    train = config.train
-    tokens = train.global_batch * train.seq_len
-    flops = model.flops_per_token(train.seq_len)
+    train, legs = config.train, legs_of(config)
+    tokens, flops = sum(leg.tokens for leg in legs), sum(model.flops_per_token(leg.seq_len) * leg.tokens for leg in legs)
+    each = [f"{model.flops_per_token(seq_len):,.0f}" for seq_len in sorted({leg.seq_len for leg in legs})]
     # fp32 masters, fp32 gradients, two fp32 moments; an average is one more copy.
     state = 4 * parameters + 12 * trained + (4 * parameters if config.averager is not None else 0)
     average = " and average" if config.averager is not None else ""
     saved = checkpoint_bytes(config, model)
     rows = train.rows(train.seq_len)
     parts = "micro-batches of as many rows as a probe at the start finds to fit" if rows is None else f"{train.global_batch // rows} micro-batches"
+    steps = [("tokens per step", f"{legs[0].step_tokens:,} = {train.global_batch} rows × {train.seq_len}, {parts}")]
     lines = [
-        f"parameters       {parameters:,}" + (f" ({trained:,} trained)" if trained != parameters else ""),
-        f"FLOPs per token  {flops:,.0f} (forward and backward)",
-        f"tokens per step  {tokens:,} = {train.global_batch} rows × {train.seq_len}, {parts}",
-        f"whole run        {tokens * train.steps:,} tokens, {flops * tokens * train.steps:.3g} FLOPs",
-        f"memory           {state / 2**30:.3f} GiB for weights, gradients, two moments{average}; activations come on top",
-        f"checkpoint       {saved / 2**30:.3f} GiB, and {config.checkpoint.keep_last} are kept",
+        ("parameters", f"{parameters:,}" + (f" ({trained:,} trained)" if trained != parameters else "")),
+        ("FLOPs per token", f"{' to '.join(dict.fromkeys([each[0], each[-1]]))} (forward and backward)"),
+        *(stage_rows(config, model.flops_per_token) if config.curriculum else steps),
+        ("whole run", f"{tokens:,} tokens, {flops:.3g} FLOPs"),
+        ("memory", f"{state / 2**30:.3f} GiB for weights, gradients, two moments{average}; activations come on top"),
+        ("checkpoint", f"{saved / 2**30:.3f} GiB, and {config.checkpoint.keep_last} are kept"),
     ]
-    return "\n".join(lines)
+    return "\n".join(f"{name:<16} {text}" for name, text in lines)

@@ -72,15 +72,17 @@ class Train:
     priming_steps: NonNegativeInt = 0
     """Steps run before the clock starts, in every phase of the run, so that all is compiled; weights, optimizers and data are then put back."""
     seq_len: Size = 1024
-    """Positions a row."""
+    """Positions a row; of validation, and of stages of a curriculum that say no other."""
     global_batch: Size = 32
-    """Rows a step over all ranks."""
+    """Rows a step over all ranks; of stages of a curriculum that say no `batch`, of each of its parts."""
     micro_batch: Size | None = None
-    """Rows a forward pass on each rank; gradient accumulation is global_batch / (micro_batch × ranks). None: 8, or as `micro_batch_tokens` says."""
+    """Rows a forward pass on each rank; gradient accumulation is global_batch / (micro_batch × ranks). None: 8, or as `micro_batch_tokens` says.
+    In stages of a curriculum at most so many: as many as divide a rank's rows."""
     micro_batch_tokens: Literal["auto"] | Size | None = None
-    """In place of `micro_batch`, positions a forward pass, a multiple of `seq_len`; auto: as many as a probe at the start finds to fit the device."""
+    """In place of `micro_batch`, positions a forward pass, a multiple of `seq_len`; auto: as many as a probe at the start finds to fit the device.
+    In stages of a curriculum at most so many, in rows that divide a rank's."""
     clip: NonNegativeFloat = 1.0
-    """Largest gradient norm; 0 leaves gradients as they are."""
+    """Largest gradient norm; 0 leaves gradients as they are. Stages of a curriculum may say another."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of activations and matrix products; parameters and optimizer state stay fp32 either way."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -147,7 +149,7 @@ class Parallel:
     timeout_s: NonNegativeFloat = 300.0
     """Seconds without progress after which a rank counts as hanging and the run ends; 0 waits for ever."""
     init_timeout_s: NonNegativeFloat = 1800.0
-    """The same for the start and the first step, which may have to compile."""
+    """The same for the start and the first step, also of another shape, which may have to compile."""
 
 
 @section
@@ -192,6 +194,8 @@ class Data:
     """Processes that tokenise and pack, on each rank; 0: the trainer's own. Token shards need none."""
     prefetch: NonNegativeFew = 2
     """Steps built ahead by a background thread; 0 builds each when it is asked for."""
+    n_tokens: PositiveInt | None = None
+    """Tokens of one pass over the training data; plans and checks count epochs by it. None: as token shards say themselves, else unknown."""
     start: str = ""
     """Where a new run takes up the data: a run or checkpoint folder of the same data, or a file of `titanlm data state --import`."""
 
@@ -275,6 +279,7 @@ DEFAULTS = {
     "dataset": "python_stdlib",
     "packer": "concat",
     "scheduler": "constant",
+    "curriculum": "stage",
     "loss": "cross_entropy",
     "exporter": "artifact",
 }
@@ -335,6 +340,8 @@ class RunConfig:
     quantizer: tuple[Annotated[Component, Slot("quantizer")], ...] = ()
     """At export each tensor goes to the first whose patterns match it; the rest keeps `export.dtype`."""
     scheduler: Annotated[Component, Slot("scheduler")] = _default("scheduler")
+    curriculum: tuple[Annotated[Component, Slot("curriculum")], ...] = ()
+    """Stages of the run, each a table or several by a name; none: every step has the shape that `train` says."""
     loss: Annotated[Component, Slot("loss")] = _default("loss")
     averager: Annotated[Component, Slot("averager")] | None = None
     fitter: Annotated[Component, Slot("fitter")] | None = None
@@ -467,8 +474,9 @@ def _decode(tables: Tables, source: str, origins: Origins) -> RunConfig:
     export = tables.get("export")
     for slots in (tables, export if isinstance(export, dict) else {}):
         for kind in DEFAULTS.keys() & slots.keys():
-            if isinstance(slots[kind], dict):
-                slots[kind].setdefault("name", DEFAULTS[kind])
+            for slot in slots[kind] if isinstance(slots[kind], list) else (slots[kind],):
+                if isinstance(slot, dict):
+                    slot.setdefault("name", DEFAULTS[kind])
     misplaced = dict(_misplaced(tables, ()))
     found = list(misplaced.items())
     try:

@@ -23,7 +23,7 @@ from titanlm.registry import did_you_mean
 MAX_FILE_BYTES = 1 << 20
 MAX_KEY_PARTS = 32
 
-LISTS = frozenset({"optimizer", "quantizer", "validation", "logger"})
+LISTS = frozenset({"optimizer", "quantizer", "curriculum", "validation", "logger"})
 """Top-level keys that hold lists; a single table or name counts as a list of one."""
 
 ALTERNATIVES = (("train", "micro_batch"), ("train", "micro_batch_tokens"))

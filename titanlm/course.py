@@ -1,12 +1,13 @@
-"""The course of a run as its config has it: where it ends, its phases, what follows a schedule."""
+"""The course of a run as its config has it: where it ends, its stages and phases, what follows a schedule."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from titanlm.config import RunConfig
+from titanlm.config import RunConfig, Train
+from titanlm.curricula.stage import Stage
 from titanlm.distributed.world import World
-from titanlm.progress import Horizon, Phase, Phases
+from titanlm.progress import Horizon, Phase, Phases, Start, largest_divisor
 from titanlm.registry import Component
 
 
@@ -21,17 +22,75 @@ def limit_settings(config: RunConfig) -> str:
     return "train.max_wallclock_s" + " less export.calibration_reserve_s" * bool(config.export.calibration_reserve_s)
 
 
-def phases_of(config: RunConfig, world: World, horizon: Horizon) -> Phases:
-    """The shapes and switches of a run's steps, in order."""
+@dataclass(frozen=True)
+class Leg:
+    """A stage as it is run: nothing is left to a default."""
+
+    stage: Stage
+    seq_len: int
+    rows: int
+    """A step, over all ranks."""
+    clip: float | None
+    steps: int
+    """Until the next begins or `train.steps` are done."""
+
+    @property
+    def step_tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.step_tokens
+
+    def rows_of_pass(self, train: Train, ranks: int) -> int:
+        """Rows a forward pass on each of so many ranks: as many as `train` allows and a rank's rows can be cut into; 1 until a probe has said."""
+        return largest_divisor(self.rows // ranks, train.rows(self.seq_len) or 1)
+
+
+def legs_of(config: RunConfig) -> tuple[Leg, ...]:
+    """The stages of a run in order; without a curriculum the whole run is one."""
     train = config.train
-    rows = train.rows(train.seq_len) or 1  # until a probe has said how many
-    first = Phase(train.seq_len, rows, train.global_batch // (rows * world.size), clip=train.clip or None)
+    stages = tuple(stage for entry in config.curriculum for stage in entry.build()) or (Stage(start_step=0),)
+    ends = [stage.start_step for stage in stages[1:]] + [train.steps]
+    return tuple(
+        Leg(
+            stage=stage,
+            seq_len=stage.seq_len or train.seq_len,
+            rows=(stage.batch or train.global_batch) * stage.accumulation,
+            clip=(train.clip if stage.clip is None else stage.clip) or None,
+            steps=max(0, min(end, train.steps) - stage.start_step),
+        )
+        for stage, end in zip(stages, ends)
+    )
+
+
+def longest_row(config: RunConfig) -> int:
+    """Positions of the longest row that the model has to take in training, or where `train.seq_len` is asked for."""
+    return max(config.train.seq_len, *(leg.seq_len for leg in legs_of(config)))
+
+
+def phases_of(config: RunConfig, world: World, horizon: Horizon) -> Phases:
+    """The shapes and switches of a run's steps: those of its stages, twice where rounding sets in on the way."""
+
+    def phase(leg: Leg) -> Phase:
+        stage, rows = leg.stage, leg.rows_of_pass(config.train, world.size)
+        return Phase(
+            seq_len=leg.seq_len,
+            micro_batch=rows,
+            accumulation=leg.rows // (rows * world.size),
+            clip=leg.clip,
+            lr_multiplier=stage.lr_multiplier,
+            rewarmup_steps=stage.rewarmup_steps,
+            start_step=stage.start_step if stage.rewarmup_steps else 0,
+        )
+
+    stages = [(leg.stage.start_step, phase(leg)) for leg in legs_of(config)]
     if not any(getattr(quantizer.config, "qat", False) for quantizer in config.quantizer):
-        return Phases([(0, first)], horizon)
-    rounding, start = replace(first, switches=(("qat", True),)), config.qat.start_fraction
-    if not start:
-        return Phases([(0, rounding)], horizon)
-    return Phases([(0, replace(first, switches=(("qat", False),))), (start, rounding)], horizon)
+        return Phases(stages, horizon)
+    share = config.qat.start_fraction
+    rounding = [(Start(start, share) if start else share, replace(phase, switches=(("qat", True),))) for start, phase in stages]
+    before = [(start, replace(phase, switches=(("qat", False),))) for start, phase in stages] if share else []
+    return Phases([*before, *rounding], horizon)
 
 
 def schedules_of(config: RunConfig, optimizer: Component) -> dict[str, Component]:

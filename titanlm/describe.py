@@ -25,6 +25,7 @@ _TABLES = {
     "optimizer": "[[optimizer]]",
     "quantizer": "[[quantizer]]",
     "logger": "[[logger]]",
+    "curriculum": "[[curriculum]]",
     "filter": "[[dataset.filter]]",
     "exporter": "[export.exporter]",
 }

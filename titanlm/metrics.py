@@ -111,8 +111,9 @@ def peak_memory_gib(device: torch.device) -> float:
 class StepMeter:
     """Times steps, leaving out what runs inside ``pause`` (validation, saving).
 
-    ``flops_per_token`` is of forward and backward; ``peak_flops`` of all
-    devices that the counted tokens are trained on, None if unknown.
+    ``flops_per_token`` is of forward and backward, and may be set anew where
+    rows change their length; ``peak_flops`` of all devices that the counted
+    tokens are trained on, None if unknown.
     """
 
     def __init__(self, flops_per_token: float, peak_flops: float | None, device: torch.device, *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -125,7 +126,7 @@ class StepMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self._interval_s = self._stall_s = 0.0
+        self._interval_s = self._stall_s = self._flops = 0.0
         self._steps = self._tokens = 0
 
     def _tick(self) -> None:
@@ -148,6 +149,7 @@ class StepMeter:
         self._tick()
         self._steps += 1
         self._tokens += tokens
+        self._flops += tokens * self.flops_per_token
         self._stall_s += stall_s
 
     @contextmanager
@@ -178,7 +180,7 @@ class StepMeter:
             report["tokens_per_s"] = self._tokens / self._interval_s
             report["stall"] = min(1.0, self._stall_s / self._interval_s)
             if self.peak_flops:
-                report["mfu"] = self.flops_per_token * report["tokens_per_s"] / self.peak_flops
+                report["mfu"] = self._flops / self._interval_s / self.peak_flops
             if remaining_steps is not None:
                 report["eta_s"] = remaining_steps * report["step_s"]
         report["elapsed_s"] = self.elapsed_s

@@ -47,7 +47,7 @@ from titanlm.distributed.world import Peers, World
 from titanlm.errors import TitanError
 from titanlm.failures import is_out_of_memory
 from titanlm.metrics import GIB
-from titanlm.progress import Phase, Phases, Shape, enter
+from titanlm.progress import Phase, Phases, Shape, enter, largest_divisor
 from titanlm.recipe_plan import SHARDED, Layout
 from titanlm.state_tree import is_distributed
 from titanlm.tuned import Tuned
@@ -79,8 +79,15 @@ class Probe:
         return self.config.parallel.strategy in SHARDED
 
     def rows(self, tuned: Tuned, phases: Phases) -> dict[Shape, int]:
-        """Rows a forward pass for every shape of the phases, as they were chosen, or by trials now."""
-        return {shape: self._chosen(tuned, phase) for shape, phase in {phase.shape: phase for _, phase in phases.stages}.items()}
+        """Rows a forward pass for every shape of the phases, as they were chosen, or by trials now.
+
+        What fits depends on the length of rows, not on how many a step has, so of
+        each length the shape with most of them is tried.
+        """
+        last = {phase.shape: phase for _, phase in phases.stages}
+        most = {shape.seq_len: phase for shape, phase in sorted(last.items())}
+        fitting = {seq_len: self._chosen(tuned, phase) for seq_len, phase in most.items()}
+        return {shape: largest_divisor(shape.rows, fitting[shape.seq_len]) for shape in last}
 
     def _chosen(self, tuned: Tuned, phase: Phase) -> int:
         """``phase`` is the last of its shape: switches such as rounded weights come on while a run goes on, and cost memory."""

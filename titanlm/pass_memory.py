@@ -81,8 +81,8 @@ class _Untimed:
         return {"bf16": 1.0, "float8": 0.0}
 
 
-def pass_bytes(config: RunConfig, model: Any, rows: int) -> int:
-    """Most bytes that an uncompiled micro-batch of ``rows`` rows holds beside weights, moments and the gradients of earlier ones.
+def pass_bytes(config: RunConfig, model: Any, rows: int, seq_len: int) -> int:
+    """Most bytes that an uncompiled micro-batch of so many rows and positions a row holds beside weights, moments and the gradients of earlier ones.
 
     ``model`` is on the meta device and not to be used for anything but its
     parameters afterwards. Raises RuntimeError (NotImplementedError is one) when
@@ -90,12 +90,12 @@ def pass_bytes(config: RunConfig, model: Any, rows: int) -> int:
     """
     module = TrainModule(model, config.loss.build()).train()
     set_precision(module, config.train.precision)
-    n_tokens = rows * config.train.seq_len
+    n_tokens = rows * seq_len
     begin_quantizers(config, model, n_tokens, device=torch.device("meta"), compiled=False, tuned=cast(Tuned, _Untimed()))
     for part in (each for block in model.blocks[:-1] for each in block.modules()):
         part.__dict__.pop("products", None)  # casts come and go, and most is held around the last block; without the others' this is quick
     activation_checkpointing.apply(model.blocks, config.train.activation_checkpointing)
-    shape = (rows, config.train.seq_len)
+    shape = (rows, seq_len)
     wide, narrow = (torch.empty(shape, dtype=dtype, device="meta") for dtype in (torch.int64, torch.int32))
     batch = Batch(tokens=wide, labels=wide, positions=narrow, document_ids=wide, target_bytes=narrow, document_mask=config.data.document_mask)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

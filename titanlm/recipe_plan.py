@@ -31,14 +31,19 @@ from torch import Tensor
 
 from titanlm.check import build_model, optimizer_claims, parallel_problems, roles_of
 from titanlm.config import RunConfig
+from titanlm.course import horizon_of, legs_of, phases_of
+from titanlm.curriculum import curriculum_problems, stage_rows
 from titanlm.datasets.files import offline
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
+from titanlm.epochs import epoch_of, read_again
 from titanlm.errors import ConfigError, TitanError
 from titanlm.loggers.text import printable
+from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB, PEAK_FLOPS, memory_of, peak_flops_of
 from titanlm.pass_memory import pass_bytes
 from titanlm.patterns import NamedParam
+from titanlm.precision import DTYPES
 from titanlm.recipe import ScaledRecipe
 from titanlm.registry import did_you_mean
 
@@ -97,9 +102,9 @@ class Layout:
         self.config, self.model, self.world = config, model, world
         self.strategy = config.parallel.strategy
         self.shards = {"fsdp2": world.size, "hsdp": shards_of(config.parallel, world)}.get(self.strategy, 1)
-        rows = config.train.rows(config.train.seq_len)
-        self.accumulation = None if rows is None else config.train.global_batch // (rows * world.size)
-        """None where a probe has yet to say: memory is then that of several micro-batches, traffic of one."""
+        self.phases = phases_of(config, world, horizon_of(config))
+        self.accumulation = None if config.train.micro_batch_tokens == "auto" else max(phase.accumulation for _, phase in self.phases.stages)
+        """Of the stage with the most. None where a probe has yet to say: memory is then that of several micro-batches, traffic of one."""
         self.parameters = list(model.parameters())
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.blocks = [list(block.parameters()) for block in model.blocks]
@@ -188,10 +193,9 @@ class _Training:
     """What a train stage computes. Raises ValueError for settings that make no model."""
 
     def __init__(self, config: RunConfig) -> None:
-        train = config.train
         self.config = config
-        self.step_tokens = train.global_batch * train.seq_len
-        self.tokens = self.step_tokens * train.steps
+        self.legs = legs_of(config)
+        self.tokens = sum(leg.tokens for leg in self.legs)
         self.model, self.unknown = None, ""
         try:
             self.model = planned_model(config)
@@ -199,8 +203,8 @@ class _Training:
             self.unknown = str(error)
 
     @property
-    def token_flops(self) -> float:
-        return 0.0 if self.model is None else self.model.flops_per_token(self.config.train.seq_len)
+    def flops(self) -> float:
+        return 0.0 if self.model is None else sum(self.model.flops_per_token(leg.seq_len) * leg.tokens for leg in self.legs)
 
 
 def plan(scaled: ScaledRecipe, *, n_devices: int = 1, device_name: str | None = None) -> str:
@@ -222,6 +226,7 @@ def plan(scaled: ScaledRecipe, *, n_devices: int = 1, device_name: str | None = 
             config = configs[stage.name]
             wrong = list(parallel_problems(config, world)) if n_devices > 1 else []
             try:
+                wrong += curriculum_problems(config) if config.curriculum else ()
                 if alike := next((name for name, other in trainings.items() if _alike(config, other.config)), None):
                     trainings[stage.name] = trainings[alike]
                     rows.append(("takes", f"what {alike} does"))
@@ -257,11 +262,22 @@ def _rows(training: _Training, world: World, device_name: str | None, peak: floa
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         yield "parameters", f"{parameters:,}" + (f", {trained:,} of them trained" if trained != parameters else "")
-    yield "tokens", f"{training.step_tokens:,} a step, {tokens:,} in {train.steps:,} steps"
+    if config.curriculum:
+        yield from stage_rows(config, None if model is None else model.flops_per_token)
+        yield "tokens", f"{tokens:,} in {train.steps:,} steps"
+    else:
+        yield "tokens", f"{training.legs[0].step_tokens:,} a step, {tokens:,} in {train.steps:,} steps"
+    if (epoch := epoch_of(config)) is not None:
+        yield "epochs", f"{tokens / epoch.tokens:.3f} of {epoch.of}"
+    elif config.curriculum:
+        yield "epochs", "unknown: say in data.n_tokens how many tokens one pass over the training data has"
+    if again := read_again(config):
+        yield "", f"WARNING: {again}"
     if model is None:
         return
-    flops = training.token_flops
-    yield "FLOPs", f"{flops:,.0f} a token, {flops * tokens:.3g} in all (forward and backward)"
+    flops = training.flops
+    each = "" if config.curriculum else f"{model.flops_per_token(train.seq_len):,.0f} a token, "
+    yield "FLOPs", f"{each}{flops:.3g} in all (forward and backward)"
     layout = Layout(config, model, world)
     yield "devices", f"{world.size}, parallel.strategy {layout.strategy!r}" + (f", groups of {layout.shards}" if layout.strategy == "hsdp" else "")
     held = layout.memory()
@@ -269,25 +285,40 @@ def _rows(training: _Training, world: World, device_name: str | None, peak: floa
         if parts:
             text = " + ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
             yield place, f"{sum(parts.values()) / GIB:.3f} GiB a device, computed: {text}"
-    if layout.accumulation is None:
+    if layout.accumulation is not None:
+        yield "largest pass", _largest_pass(layout)
+    else:
         yield "micro-batches", 'of as many rows as a probe at the start finds to fit (train.micro_batch_tokens = "auto"): not known here'
     yield from _room(layout, held.device, device_name)
     if world.size > 1:
         traffic = layout.traffic()
         named = {"gathering parameters": traffic.gathers, "scattering gradients": traffic.scatters, "adding up gradients": traffic.reduces}
         text = " + ".join(f"{name} {size / 1e9:.3f}" for name, size in named.items() if size)
-        least = "at least " if layout.accumulation is None and traffic.gathers else ""
+        least = "at least " if layout.accumulation is None and traffic.gathers else "up to " if config.curriculum and traffic.gathers else ""
         yield "communication", f"{least}{traffic.total / 1e9:.3f} GB a step sent by each device, computed: {text}"
         yield "", "what optimizers exchange among themselves (muon) comes on top and is not counted"
     if peak is None:
         yield "hours", "computed with --device-name, such as H200"
         return
-    yield "hours", _hours(flops * tokens, world, device_name, peak)
+    yield "hours", _hours(flops, world, device_name, peak)
     if train.precision == "fp32":
         yield "", 'train.precision is "fp32": that peak is out of reach'
     if (limit := train.max_wallclock_s) is not None:
-        needed = flops * tokens / (limit * peak * world.size)
+        needed = flops / (limit * peak * world.size)
         yield "", f"train.max_wallclock_s ends it after {limit / 3600:.2f} hours; all steps within them take {needed:.0%} MFU"
+
+
+def _largest_pass(layout: Layout) -> str:
+    """The forward pass with the most tokens on a device, and its logits, which a large vocabulary makes large."""
+    config, vocab_size = layout.config, getattr(layout.model, "vocab_size", None)
+    rows, seq_len = layout.phases.largest_pass(True)
+    text = f"{rows:,} rows × {seq_len:,} on a device"
+    if vocab_size is None:
+        return text
+    n, width = rows * seq_len, vocab_size * DTYPES[config.train.precision].itemsize / GIB
+    chunk = chunk_size(n, config.loss.config.chunk_tokens)
+    whole = f", of all at once {n * width:.3f}" if chunk < n else ""
+    return f"{text}; logits of {chunk:,} tokens {chunk * width:.3f} GiB{whole}, computed"
 
 
 def _room(layout: Layout, held: dict[str, int], device_name: str | None) -> Iterator[tuple[str, str]]:
@@ -298,16 +329,16 @@ def _room(layout: Layout, held: dict[str, int], device_name: str | None) -> Iter
     primed = sum(held.get(name, 0) for name in ("weights", "moments", "average")) if train.priming_steps else 0
     if primed:
         yield "priming", f"{primed / GIB:.3f} GiB for a while, one more copy of weights, moments and average"
-    rows = train.rows(train.seq_len)
+    rows, seq_len = layout.phases.largest_pass(True)
     try:
-        taken = None if rows is None else pass_bytes(layout.config, layout.model, rows)
+        taken = None if layout.accumulation is None else pass_bytes(layout.config, layout.model, rows, seq_len)
     except (RuntimeError, ImportError) as error:
         taken = None
         yield "", f"a pass cannot be followed without numbers: {printable(str(error).splitlines()[0])}"
     if taken is None:
         yield "", "activations come on top and are not counted"
         return
-    yield "activations", f"{taken / GIB:.3f} GiB at most, computed: {rows} rows of {train.seq_len:,} forward and backward, uncompiled"
+    yield "activations", f"{taken / GIB:.3f} GiB at most, computed: {rows:,} rows of {seq_len:,} forward and backward, uncompiled"
     memory = None if device_name is None else memory_of(device_name)
     if memory is None:
         return
@@ -322,7 +353,7 @@ def _together(trainings: Sequence[_Training], world: World, device_name: str | N
     yield "tokens", f"{sum(training.tokens for training in trainings):,}"
     if any(training.model is None for training in trainings):
         return
-    flops = sum(training.token_flops * training.tokens for training in trainings)
+    flops = sum(training.flops for training in trainings)
     yield "FLOPs", f"{flops:.3g}"
     if peak is not None:
         yield "hours", _hours(flops, world, device_name, peak)

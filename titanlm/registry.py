@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from titanlm.batch import Batch, Document, Row
+    from titanlm.curricula.stage import Stage
     from titanlm.exporters.encoding import Candidate, Encoded, ExportReport, ExportRequest
     from titanlm.progress import Progress
     from titanlm.tuned import Tuned
@@ -159,6 +160,12 @@ class Scheduler(Protocol):
     def factor(self, progress: Progress) -> float: ...  # pure; multiplies the optimizer's lr
 
 
+class Curriculum(Protocol):
+    """The stages that it stands for, in order; what a factory of this kind gives is a tuple."""
+
+    def __iter__(self) -> Iterator[Stage]: ...
+
+
 class Loss(Protocol):
     """A per-token function of (z_y, lse, z̄); see ``titanlm.losses.chunked``."""
 
@@ -209,7 +216,8 @@ class Kind:
 
 
 def _kind(name: str, protocol: type, summary: str, runtime: str = "", settings: str = "") -> Kind:
-    return Kind(name, f"{name}s" if name != "loss" else "losses", frozenset(runtime.split()), frozenset(settings.split()), protocol, summary)
+    folder = {"loss": "losses", "curriculum": "curricula"}.get(name, f"{name}s")
+    return Kind(name, folder, frozenset(runtime.split()), frozenset(settings.split()), protocol, summary)
 
 
 KINDS: dict[str, Kind] = {
@@ -224,6 +232,7 @@ KINDS: dict[str, Kind] = {
         _kind("quantizer", Quantizer, "fewer bits, in training and at export", settings="params"),
         _kind("optimizer", Optimizer, "updates the parameters its patterns claim", "named_params", "params lr"),
         _kind("scheduler", Scheduler, "learning-rate factor over a run", "total_steps horizon"),
+        _kind("curriculum", Curriculum, "row lengths, batches and learning rates by stages of a run"),
         _kind("loss", Loss, "what is minimised, per token", settings="chunk_tokens"),
         _kind("averager", Averager, "averages of the weights", "model horizon"),
         _kind("fitter", Fitter, "makes an artifact fit its limit", "max_bytes"),

@@ -14,7 +14,7 @@ RESUMABLE = (
     *("train.steps", "train.max_wallclock_s", "train.priming_steps", "train.log_every", "train.validate_every", "train.sample_"),
     *("train.gc_every", "train.on_nonfinite", "train.max_skipped"),
 )
-RESUMABLE_DATA = ("data.prefetch", "data.workers", "data.epochs", "data.on_error", "data.start")
+RESUMABLE_DATA = ("data.prefetch", "data.workers", "data.epochs", "data.on_error", "data.n_tokens", "data.start")
 RESUMABLE_SECTIONS = ("run.", "checkpoint.", "validation", "export.", "logger", "profile", "fitter", "imports", "spike.")
 """Settings that may change on resume, because the steps that follow do not depend on them (or, as train.steps, are meant to)."""
 RESUMABLE_ROUNDING = (

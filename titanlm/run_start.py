@@ -13,6 +13,7 @@ from titanlm import checkpoint
 from titanlm.check import Report, check, checkpoint_bytes, quantizer_claims
 from titanlm.checkpoint_copy import RemoteCopies
 from titanlm.config import RunConfig
+from titanlm.course import longest_row
 from titanlm.distributed.slices import whole
 from titanlm.distributed.world import Peers, World
 from titanlm.environment import requirements
@@ -111,7 +112,7 @@ def begin_quantizers(config: RunConfig, model: Any, n_tokens: int, *, device: to
         begin = getattr(entry.build(), "begin", None)
         notes += [] if begin is None else begin(model, names, device=device, compiled=compiled, tuned=tuned, **facts)
         if getattr(entry.build(), "of_products", False):
-            seq_len = config.train.seq_len
+            seq_len = longest_row(config)
             notes.append(f"{entry.name}: {share_computed_with(model, names, seq_len)} in rows of {seq_len:,}")
     return notes
 

@@ -295,9 +295,9 @@ class Trainer:
         )
         rows = probe.rows(self.tuned, self.phases)
         self.phases = self.phases.cut(rows)
-        first = self.phases.stages[0][1]
-        self.notes.append(f"micro-batches of {first.micro_batch} rows of {first.seq_len}, {first.accumulation} a step on each rank")
-        return replace(self.config, train=replace(self.config.train, micro_batch_tokens=first.micro_batch * first.seq_len))
+        longest = self.phases.longest  # by whose rows validation goes
+        self.notes.append(f"micro-batches of {longest.micro_batch} rows of {longest.seq_len}, {longest.accumulation} a step on each rank")
+        return replace(self.config, train=replace(self.config.train, micro_batch_tokens=longest.micro_batch * longest.seq_len))
 
     # ------------------------------------------------------------ the step
     def train_step(self) -> None:
@@ -336,6 +336,8 @@ class Trainer:
         phase = self.phases.at(self.progress)
         if phase != self.phase:
             enter(phase, self.model)
+            self.watchdog.starting()  # it may have to be compiled
+            self.meter.flops_per_token = self.model.flops_per_token(phase.seq_len)
             if self.phase is not None:
                 self.loggers.message(f"from step {self.progress.step + 1} on: {phase.changes(self.phase)}")
             self.phase = phase
@@ -357,7 +359,7 @@ class Trainer:
         """Learning rates, and whatever else of an optimizer follows a schedule, for the step under way."""
         for optimizer, schedulers in zip(self.optimizers, self.schedulers, strict=True):
             factors = {name: scheduler.factor(self.progress) for name, scheduler in schedulers.items()}
-            factors["lr"] *= phase.lr_multiplier
+            factors["lr"] *= phase.lr_factor(self.progress)
             for group in optimizer.param_groups:
                 for name, factor in factors.items():
                     value = group[f"peak_{name}"] * factor
@@ -454,8 +456,10 @@ class Trainer:
         state, own = copied(self._whole_state()), copied(self._whole_own_state())
         kept = Saved(self.checkpoints, self.progress.step, state, [own] * self.world.size, "")
         try:
-            for phase in phases.after(self.progress):
+            for number, phase in enumerate(to_come := phases.after(self.progress), 1):
                 self.phases, self.phase = Phases([(0, phase)]), None
+                if len(to_come) > 1:
+                    self.loggers.message(f"priming phase {number} of {len(to_come)}: {phase.micro_batch} rows of {phase.seq_len}")
                 for _ in range(self.config.train.priming_steps):
                     self.progress = Progress(**state["progress"])  # schedules know nothing behind the end of a run
                     try:

@@ -26,8 +26,8 @@ from titanlm.submission.joined import joined
 from titanlm.submission.reached import LEFT_OUT, UNSAID, WHERE_USED
 
 ROOT = Path(__file__).parents[2]
-MAX_COMPRESSED_BYTES = 88_000
-"""Of train_gpt.py; 0.5 % of what a submission may have."""
+MAX_COMPRESSED_BYTES = 90_000
+"""Of train_gpt.py; 0.6 % of what a submission may have."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_modules_are_those_of_the_run(pr369):
     rest = {name for name in modules - components - stand_ins if "." not in name}
     assert rest == {
         "attention_choice", "averagers", "batch", "best", "calibration",
-            "check", "checkpoint", "clipping", "config", "config_sources", "constraints", "course", "data", "datasets", "device",
+            "check", "checkpoint", "clipping", "config", "config_sources", "constraints", "course", "curricula", "curriculum", "data", "datasets", "device",
         "distributed", "environment", "errors", "evaluate", "export", "exported", "exporters", "failures",
             "fitters", "guard", "interrupts", "interval", "kernels", "loggers", "losses",
         "metrics", "micro_batch", "models", "optimizers", "packers", "patterns", "precision", "profiling", "progress", "quantizers", "randomness", "registry",

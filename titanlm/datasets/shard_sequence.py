@@ -306,3 +306,8 @@ def expand(entries: Sequence[str], key: str) -> list[Path]:
             raise DataError(f"{key}: {one_line(entry)!r} is no shard and has none; files with {SIDECAR} in their name hold no tokens")
         own.sort(key=lambda one: (*_numbered(one), one))
     return [path for own in shards.values() for path in own]
+
+
+def tokens_of(paths: Sequence[str]) -> int:
+    """Tokens of the shards that are named for training. Raises DataError as ``expand`` and ``open_shard`` do."""
+    return sum(open_shard(path).n_tokens for path in expand(paths, "dataset.paths"))

@@ -35,7 +35,7 @@ import numpy as np
 from titanlm.batch import Document
 from titanlm.constraints import PositiveInt
 from titanlm.datasets.documents import INDEX_BITS, order, shared, shuffled
-from titanlm.datasets.shard_sequence import ShardSequence, Slice
+from titanlm.datasets.shard_sequence import ShardSequence, Slice, tokens_of
 from titanlm.errors import DataError
 from titanlm.registry import Tokenizer, register
 
@@ -60,6 +60,10 @@ class TokenShardsConfig:
     def __post_init__(self) -> None:
         if not (self.paths or self.validation_paths):
             raise ValueError("paths is empty: name at least one file, directory or glob")
+
+    def n_training_tokens(self) -> int:
+        """Of one pass, by the headers of the shards. Raises DataError as opening them does."""
+        return tokens_of(self.paths)
 
 
 @register("dataset", "token_shards")

@@ -31,7 +31,7 @@ import numpy as np
 from titanlm.batch import Document
 from titanlm.constraints import Size
 from titanlm.datasets.documents import INDEX_BITS, order, shared
-from titanlm.datasets.shard_sequence import ShardSequence
+from titanlm.datasets.shard_sequence import ShardSequence, tokens_of
 from titanlm.datasets.token_shards import TokenShards, TokenShardsConfig
 from titanlm.errors import DataError
 from titanlm.registry import Dataset, Tokenizer, register
@@ -53,6 +53,10 @@ class TokenSpansConfig:
     def __post_init__(self) -> None:
         if not (self.paths or self.validation_paths):
             raise ValueError("paths is empty: name at least one file, directory or glob")
+
+    def n_training_tokens(self) -> int:
+        """Of one pass, by the headers of the shards. Raises DataError as opening them does."""
+        return tokens_of(self.paths)
 
 
 @register("dataset", "token_spans")

@@ -68,7 +68,7 @@ class Line(TypedDict):
 class Watchdog:
     """``beat`` at every micro-batch, validation batch and save; the process ends when none comes for ``timeout_s``.
 
-    Until ``started``, ``first_timeout_s`` holds instead. 0 waits for ever.
+    Until ``started``, and again from ``starting`` on, ``first_timeout_s`` holds instead. 0 waits for ever.
     ``store`` is one that nothing of an earlier start is in; with it, ``stop``
     before the process group goes.
     """
@@ -106,6 +106,10 @@ class Watchdog:
     def started(self) -> None:
         """What takes long only once, compilation above all, is over."""
         self._started = True
+
+    def starting(self) -> None:
+        """What takes long once may come again: a step of another shape, say, that has to be compiled."""
+        self._started = False
 
     def start(self) -> None:
         if self._given is not None:

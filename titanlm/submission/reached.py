@@ -42,11 +42,14 @@ LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
 """Module, or definition of one → a setting, and its values with which nothing of it is called; no setting: a bundle never does."""
 
 WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "titanlm.check._check_stages": ("curriculum*", lambda stages: stages != []),
     "titanlm.check._refused": ("model.attention_backend", lambda name: name not in ("auto", "sdpa", "math")),
     "titanlm.calibration": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
+    "titanlm.curriculum": ("curriculum*", lambda stages: stages != []),
     "titanlm.datasets.files._remote": ("*", lambda value: "://" in str(value)),
     "titanlm.datasets.files.filesystem_of": ("*", lambda value: "://" in str(value)),
     "titanlm.datasets.mixture.Mixture": ("data.source*", lambda source: source != []),
+    "titanlm.datasets.shard_sequence.tokens_of": ("curriculum*", lambda stages: stages != []),
     "titanlm.distributed.activation_checkpointing._checkpointed": ("train.activation_checkpointing", lambda mode: mode != "none"),
     "titanlm.distributed.activation_checkpointing._policy": ("train.activation_checkpointing", lambda mode: mode == "selective"),
     "titanlm.distributed.compile_cache": ("train.compile_cache", lambda kept: kept != "off"),
