@@ -45,9 +45,9 @@ def started(config: str, overrides: list[str]) -> dict[str, float]:
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)
         done = time.perf_counter()
-        if trainer.compile_cache is not None:
-            trainer.compile_cache.write()
-            size = trainer.compile_cache.path.stat().st_size if trainer.compile_cache.path.exists() else 0
+        if trainer.choices.compile_cache is not None:
+            trainer.choices.compile_cache.write()
+            size = trainer.choices.compile_cache.path.stat().st_size if trainer.choices.compile_cache.path.exists() else 0
             return {"built_s": built - begun, "first_step_s": done - built, "compiled": misses(), "cache_bytes": size}
     raise SystemExit('nothing is compiled: give --train.compile=block, with train.compile_cache at "run"')
 

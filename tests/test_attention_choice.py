@@ -98,9 +98,10 @@ def settled(config: RunConfig, folder: Path, device: torch.device = CUDA) -> tup
 
 def test_a_choice_is_kept_in_the_run_folder(config: RunConfig, gpu: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titanlm.models.decoder.usable_backend", lambda backend, width: backend)
-    backend, (note,) = settled(config, tmp_path)
+    backend, (before, after) = settled(config, tmp_path)
     assert backend == "cudnn+flash4"
-    assert "4.29" in note
+    assert before == "measuring, which may take a minute: attention of 8 × 16, 4/4 heads × 16, causal, bfloat16, a GPU"
+    assert "4.29" in after
     ((key, value),) = json.loads((tmp_path / TUNED).read_text())["choices"].items()
     assert key == "attention of 8 × 16, 4/4 heads × 16, causal, bfloat16, a GPU"
     assert value == {"backend": "cudnn+flash4", "forward, backward ms": {"cudnn": [1.32, 4.29], "flash4": [1.36, 3.64], "sdpa": [1.33, 4.3]}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from titanlm.check import Report, build_model, check, optimizer_claims, quantize
 from titanlm.config import load
 from titanlm.course import horizon_of
 from titanlm.errors import ConfigError, DataError, TitanError
+from titanlm.run_start import room_for_checkpoints
+from titanlm.state_bytes import state_bytes
+from titanlm.train import Trainer
 
 
 def test_a_good_config(tiny: Path) -> None:
@@ -39,10 +44,53 @@ def test_the_summary_counted_by_hand(tiny: Path) -> None:
         f"FLOPs per token  {flops:,} (forward and backward)",
         "tokens per step  384 = 8 rows × 48, 2 micro-batches",
         f"whole run        7,680 tokens, {flops * 7680:.3g} FLOPs",
-        f"memory           {parameters * 20 / 2**30:.3f} GiB for weights, gradients, two moments and average; activations come on top",
+        f"memory           {parameters * 20 / 2**30:.3f} GiB for weights, gradients, moments and average; activations come on top",
         f"checkpoint       {parameters * 16 / 2**30:.3f} GiB, and 10 are kept",
         "documents        186 train, 14 validation",
     ]
+
+
+COMPACT = "--optimizer=[{name='adamw',lr=1e-2,moments='int8'}]"
+HALVED = "--optimizer=[{name='muon',momentum_dtype='bf16',params=['@matrix']},{name='adamw',moments='bf16'}]"
+
+
+@pytest.mark.parametrize("overrides", [[], [COMPACT], [HALVED]], ids=["fp32", "int8", "muon, bf16"])
+def test_bytes_are_those_of_a_run(tiny: Path, overrides: list[str]) -> None:
+    """What is said before it starts, of moments in every form, against a step, and files on disk."""
+    config = load(tiny, ["--model.d_model=64", "--model.d_ff=256", "--validation=[]", *overrides])
+    report = check(config)
+    with Trainer(config) as trainer:
+        trainer.train_step()
+        trainer.save(wait=True)
+        values = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()]
+        weights, moments = sum(parameter.nbytes for parameter in trainer.trained), sum(value.nbytes for value in values if value.ndim)
+        n_steps = sum(value.nbytes for value in values if not value.ndim)
+    parts = state_bytes(config, report.model)
+    assert parts == {"weights": weights, "moments": parts["moments"], "average": weights}
+    assert moments <= parts["moments"] <= moments + n_steps  # which count where they lie beside the parameters
+    files = (trainer.checkpoints / "step-00000001").glob("*.safetensors")
+    assert report.checkpoint_bytes == sum(parts.values()) == pytest.approx(sum(file.stat().st_size for file in files), rel=0.05)
+    assert f"memory           {(sum(parts.values()) + weights) / 2**30:.3f} GiB for weights, gradients, moments" in report.summary
+    alone = check(replace(config, checkpoint=replace(config.checkpoint, save_only_model=True)))
+    assert alone.checkpoint_bytes == sum(parts.values()) - parts["moments"]
+
+
+def test_an_optimizer_that_needs_values_counts_with_two_moments(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(optimizer: Any) -> None:
+        raise IndexError(f"{float(optimizer.param_groups[0]['params'][0].grad.norm())}")
+
+    monkeypatch.setattr("titanlm.optimizers.adamw.CompactAdamW.step", step)
+    config = load(tiny, [COMPACT])
+    model = check(config).model
+    assert state_bytes(config, model)["moments"] == 8 * sum(parameter.numel() for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_warning_of_a_full_disk_goes_by_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda root: SimpleNamespace(free=3 << 30))
+    assert room_for_checkpoints(2, 1 << 30, tmp_path) == []
+    (told,) = room_for_checkpoints(2, (1 << 30) + 1, tmp_path)
+    assert told == f"WARNING: {tmp_path}: 3.0 GiB are free, and checkpoint.keep_last = 2 and one being written take about 3.0 GiB"
 
 
 def test_warnings(tiny: Path) -> None:

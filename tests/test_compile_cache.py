@@ -124,13 +124,13 @@ def test_a_named_file_must_be_there(tiny: Path, tmp_path: Path) -> None:
 def test_off_and_uncompiled_runs_have_none(tiny: Path) -> None:
     for settings in (["--train.compile_cache=off", "--train.compile=block"], ["--train.compile=none"]):
         with Trainer(load(tiny, settings)) as trainer:
-            assert trainer.compile_cache is None
+            assert trainer.choices.compile_cache is None
 
 
 @pytest.mark.parametrize(("n_layers", "mode"), [(4, "model"), (5, "block")])
 def test_auto_compiles_shallow_models_whole(tiny: Path, n_layers: int, mode: str) -> None:
     with Trainer(load(tiny, ["--train.compile=auto", f"--model.n_layers={n_layers}"])) as trainer:
-        assert trainer.compiled == mode
+        assert trainer.choices.compiled == mode
     told = (trainer.folder.path / "log.txt").read_text()
     assert f"train.compile: {mode!r} for a model of {n_layers} blocks" in told
 

@@ -218,6 +218,27 @@ def test_resume_goes_by_what_was_chosen(two_rows: Path, monkeypatch: pytest.Monk
     assert "chosen anew, because 3 rows do not divide the 8 of a rank" in (other.folder.path / "log.txt").read_text()
 
 
+def test_a_start_says_what_it_is_trying_while_it_does(two_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the log and on the terminal before the trial, under the run's first line."""
+    trial, seen = Probe._trial, list[tuple[int, str, str]]()
+
+    def looked(probe: Probe, rows: int, seq_len: int) -> int | None:
+        told = (two_rows.parent / "runs" / "told" / "log.txt").read_text()
+        seen.append((rows, told, capsys.readouterr().out))
+        return trial(probe, rows, seq_len)
+
+    monkeypatch.setattr(Probe, "_trial", looked)
+    with Trainer(load(two_rows, ["--run.name=told", AUTO])):
+        pass
+    assert [rows for rows, *_ in seen] == [1, 2]
+    lines = seen[-1][1].splitlines()
+    assert [line for line in lines if "WARNING" not in line] == [
+        lines[0], "trying micro-batches of 1 row of 48", "trying micro-batches of 2 rows of 48",
+    ]  # fmt: skip
+    assert "parameters, fp32 on cpu; documents" in lines[0]
+    assert [out.splitlines()[-1] for *_, out in seen] == lines[-2:]
+
+
 def test_out_of_memory_lowers_the_bound(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from titanlm.train_module import TrainModule
 
@@ -252,7 +273,7 @@ def test_each_row_length_has_rows_of_its_own(two_rows: Path) -> None:
             vocab_size=257, n_sources=1, to_come_bytes=to_come(trainer.config, check(trainer.config).model, trainer.world), compiled=False,
         )  # fmt: skip
         phases = Phases([(0, Phase(24, 1, 12)), (5, Phase(48, 1, 8)), (9, Phase(96, 1, 4))])
-        rows = probe.rows(trainer.tuned, phases)
+        rows = probe.rows(trainer.choices.tuned, phases)
         assert rows == {Shape(12, 24): 4, Shape(8, 48): 2, Shape(4, 96): 1}
         assert [(phase.micro_batch, phase.accumulation) for _, phase in phases.cut(rows).stages] == [(4, 3), (2, 4), (1, 4)]
 
@@ -290,7 +311,8 @@ def test_all_ranks_take_what_the_smallest_has_room_for(tiny: Path, zygote: Any, 
     (value,) = json.loads((root / "whole" / TUNED).read_text())["choices"].values()
     assert value["rows"] == 4
     free = int((value["needed_bytes"] - 2.5 * 48 * value["bytes_per_token"]) / SHARE)
-    zygote.train(tiny, "--run.name=auto", AUTO, *common, ranks=2, before=room.replace("FREE", str(free))).expect(0)
+    launched = zygote.train(tiny, "--run.name=auto", AUTO, *common, ranks=2, before=room.replace("FREE", str(free))).expect(0)
+    assert ["trying micro-batches of 1 row of 48" in launched.output(rank) for rank in (0, 1)] == [True, False]
     zygote.train(tiny, "--run.name=hand", "--train.micro_batch=1", *common, ranks=2).expect(0)
     (value,) = json.loads((root / "auto" / TUNED).read_text())["choices"].values()
     assert value["rows"] == 1

@@ -44,7 +44,7 @@ def test_nothing_is_compiled_after_the_first_steps_of_a_phase(tiny: Path, graphs
 
     monkeypatch.setattr(Trainer, "_between_steps", counted)
     with Trainer(load(tiny, [*BUSY, f"--train.compile={mode}"])) as trainer:
-        assert trainer.compiled == mode
+        assert trainer.choices.compiled == mode
         trainer.train()
     assert after[1] > 0
     # Step 2 is the first to be validated. Rounding begins with step 7, and so with the validation before it.

@@ -33,7 +33,9 @@ def test_decided_once_and_taken_up_by_the_next_start(tmp_path: Path) -> None:
     assert again.get("rows") == 4
     assert len(asked) == 1
     assert told == [
+        "measuring, which may take a minute: attention",
         'chosen by measurement: attention = {"backend": "flex", "shape": [4, 2]}',
+        "measuring, which may take a minute: none",
         "chosen by measurement: none = null",
         "chosen by measurement: rows = 4",
     ]

@@ -31,7 +31,7 @@ from titanlm.patterns import NamedParam
 from titanlm.precision import set_precision
 from titanlm.quantizers import float8
 from titanlm.recipe_plan import Layout, planned_model
-from titanlm.run_start import begin_quantizers
+from titanlm.run_choices import begin_quantizers
 from titanlm.train import Trainer
 from titanlm.train_module import TrainModule
 from titanlm.weights import initialise

@@ -44,6 +44,8 @@ class Report:
     """Documents of each split."""
     streams: list[Any] = field(default_factory=list)
     """Kept, because a listing lives as long as a stream that uses it, and the trainer needs it next."""
+    checkpoint_bytes: int = 0
+    """About what a checkpoint takes on disk; 0 where there are problems."""
 
     def attempt(self, path: str, build: Callable[[], Any]) -> Any:
         """The result, or None with the problem noted under ``path``."""
@@ -441,9 +443,13 @@ def _check_model(config: RunConfig, report: Report) -> None:
         )
     if (backend := getattr(config.model.config, "attention_backend", "auto")) not in ("auto", "sdpa", "math"):
         report.problems += _refused(config, backend, model.head_dim)
-    report.summary = summary(config, model)
-    if report.data:
-        report.summary += f"\ndocuments        {', '.join(report.data)}"
+    if report.problems:  # an optimizer that is to make a step may be among them
+        return
+    from titanlm.state_bytes import state_bytes  # which builds on this module
+
+    held = state_bytes(config, model)
+    report.checkpoint_bytes = sum(size for part, size in held.items() if part != "moments" or not config.checkpoint.save_only_model)
+    report.summary = "\n".join(summary(config, report, held))
 
 
 def _refused(config: RunConfig, backend: str, head_dim: int) -> Iterator[str]:
@@ -459,34 +465,28 @@ def _refused(config: RunConfig, backend: str, head_dim: int) -> Iterator[str]:
         yield f"model.attention_backend: {why}"
 
 
-def checkpoint_bytes(config: RunConfig, model: Any) -> int:
-    """About what a checkpoint takes on disk: fp32 weights and average, and two moments of what is trained."""
+def summary(config: RunConfig, report: Report, held: dict[str, int]) -> Iterator[str]:
+    """Lines: parameters, FLOPs a token, tokens a step, bytes in memory, with ``held`` from ``state_bytes``, and on disk."""
+    model = report.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    moments = 0 if config.checkpoint.save_only_model else 8 * trained
-    return (8 if config.averager is not None else 4) * parameters + moments
-
-
-def summary(config: RunConfig, model: Any) -> str:
-    """Parameters, FLOPs a token, tokens a step and the memory of weights and optimizer."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    n_trained = sum(parameter.numel() for parameter in trained)
     train, legs = config.train, legs_of(config)
     tokens, flops = sum(leg.tokens for leg in legs), sum(model.flops_per_token(leg.seq_len) * leg.tokens for leg in legs)
     each = [f"{model.flops_per_token(seq_len):,.0f}" for seq_len in sorted({leg.seq_len for leg in legs})]
-    # fp32 masters, fp32 gradients, two fp32 moments; an average is one more copy.
-    state = 4 * parameters + 12 * trained + (4 * parameters if config.averager is not None else 0)
-    average = " and average" if config.averager is not None else ""
-    saved = checkpoint_bytes(config, model)
+    memory = sum(held.values()) + sum(parameter.nbytes for parameter in trained)
+    *parts_held, last = "weights", "gradients", *list(held)[1:]
     rows = train.rows(train.seq_len)
     parts = "micro-batches of as many rows as a probe at the start finds to fit" if rows is None else f"{train.global_batch // rows} micro-batches"
     steps = [("tokens per step", f"{legs[0].step_tokens:,} = {train.global_batch} rows × {train.seq_len}, {parts}")]
     lines = [
-        ("parameters", f"{parameters:,}" + (f" ({trained:,} trained)" if trained != parameters else "")),
+        ("parameters", f"{parameters:,}" + (f" ({n_trained:,} trained)" if n_trained != parameters else "")),
         ("FLOPs per token", f"{' to '.join(dict.fromkeys([each[0], each[-1]]))} (forward and backward)"),
         *(stage_rows(config, model.flops_per_token) if config.curriculum else steps),
         ("whole run", f"{tokens:,} tokens, {flops:.3g} FLOPs"),
-        ("memory", f"{state / 2**30:.3f} GiB for weights, gradients, two moments{average}; activations come on top"),
-        ("checkpoint", f"{saved / 2**30:.3f} GiB, and {config.checkpoint.keep_last} are kept"),
+        ("memory", f"{memory / 2**30:.3f} GiB for {', '.join(parts_held)} and {last}; activations come on top"),
+        ("checkpoint", f"{report.checkpoint_bytes / 2**30:.3f} GiB, and {config.checkpoint.keep_last} are kept"),
     ]
-    return "\n".join(f"{name:<16} {text}" for name, text in lines)
+    if report.data:
+        lines.append(("documents", ", ".join(report.data)))
+    yield from (f"{name:<16} {text}" for name, text in lines)

@@ -100,7 +100,7 @@ class Probe:
             tuned.tell(f"{key}: chosen anew, because {_why(stored, shape, conditions)}")
         with self._untraced():
             enter(phase, self.model)
-            found = self._found(shape)
+            found = self._found(shape, tuned.tell)
         value: dict[str, Any] = tuned.keep(key, {**found, "for": conditions})
         return int(value["rows"])
 
@@ -119,11 +119,15 @@ class Probe:
             "to_come_bytes": self.to_come_bytes,
         }
 
-    def _found(self, shape: Shape) -> dict[str, Any]:
+    def _found(self, shape: Shape, tell: Callable[[str], object]) -> dict[str, Any]:
+        def trial(rows: int) -> int | None:
+            tell(f"trying micro-batches of {rows} row{'s' * (rows > 1)} of {shape.seq_len}{', compiled first, which may take a minute' * self.compiled}")
+            return self._trial(rows, shape.seq_len)
+
         # Of the rank that has least: all take the same number of rows.
         free = -self.peers.max(-free_bytes(self.device) // (self.peers.world.local_size if self.device.type == "cpu" else 1))
         budget = int(SHARE * free) - self.to_come_bytes
-        rows, needs = largest(divisors(shape.rows), lambda rows: self._trial(rows, shape.seq_len), budget)
+        rows, needs = largest(divisors(shape.rows), trial, budget)
         if rows is None:
             tried, need = min(needs.items())
             needed = "out of memory" if need is None else f"{(need + self.to_come_bytes) / GIB:.2f} GiB"
@@ -224,14 +228,9 @@ def _why(stored: Any, shape: Shape, conditions: dict[str, Any]) -> str:
 def to_come(config: RunConfig, model: Any, world: World) -> int:
     """Bytes that this run will hold on a device for moments, and while priming, out of the model on the meta device.
 
-    An optimizer that cannot step there counts with two fp32 moments. Not for
-    use while ranks are connected: a step of it may exchange something with them.
+    Not for use while ranks are connected, as ``optimizer_bytes`` is not.
     """
-    layout = Layout(config, model, world)
-    try:
-        kept = layout.memory().device
-    except RuntimeError:
-        kept = {"moments": sum(8 * layout.part(parameter) for parameter in layout.trained)}
+    kept = Layout(config, model, world).memory().device
     moments = kept.get("moments", 0)  # none where they are offloaded
     return moments + (sum(kept.get(name, 0) for name in ("weights", "average")) + moments) * bool(config.train.priming_steps)
 

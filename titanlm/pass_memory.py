@@ -35,7 +35,7 @@ from titanlm.batch import Batch
 from titanlm.config import RunConfig
 from titanlm.distributed import activation_checkpointing
 from titanlm.precision import set_precision
-from titanlm.run_start import begin_quantizers
+from titanlm.run_choices import begin_quantizers
 from titanlm.train_module import TrainModule
 from titanlm.tuned import Tuned
 

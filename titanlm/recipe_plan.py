@@ -2,8 +2,8 @@
 
 Everything here is computed. Models are built on the meta device, where tensors
 have shapes and no memory; moments are counted by letting each optimizer make a
-step there, activations by a forward and backward pass. What is not known is
-said to be unknown rather than guessed.
+step there (``titanlm.state_bytes``), activations by a forward and backward pass
+(``titanlm.pass_memory``). What is not known is said to be unknown rather than guessed.
 
 Memory and traffic follow torch's algorithms, for N devices of which S share
 one copy (`fsdp2`: all, `hsdp`: a group):
@@ -26,10 +26,9 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from titanlm.check import build_model, optimizer_claims, parallel_problems, roles_of
+from titanlm.check import build_model, parallel_problems
 from titanlm.config import RunConfig
 from titanlm.course import horizon_of, legs_of, phases_of
 from titanlm.curriculum import curriculum_problems, stage_rows
@@ -42,10 +41,10 @@ from titanlm.loggers.text import printable
 from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB, PEAK_FLOPS, memory_of, peak_flops_of
 from titanlm.pass_memory import pass_bytes
-from titanlm.patterns import NamedParam
 from titanlm.precision import DTYPES
 from titanlm.recipe import ScaledRecipe
 from titanlm.registry import did_you_mean
+from titanlm.state_bytes import optimizer_bytes
 
 HOST_DEVICES = 8
 """Devices of a host, where `hsdp` takes the group to be a host's."""
@@ -153,30 +152,6 @@ class Layout:
             scatters=others * gradients,
             reduces=2 * (groups - 1) / groups * gradients,
         )
-
-
-def optimizer_bytes(config: RunConfig, model: Any) -> dict[int, int]:
-    """id of a trained parameter → bytes that its optimizer keeps for it, found by a step on the meta device.
-
-    Raises ValueError for parameters that no optimizer claims.
-    """
-    parameters, roles = dict(model.named_parameters()), roles_of(model)
-    claims = optimizer_claims(config, model)
-    if claims.problems or claims.unclaimed:
-        raise ValueError(
-            "\n".join([*(f"optimizer.{problem}" for problem in claims.problems), *(f"optimizer: none claims {name}" for name in claims.unclaimed)])
-        )
-    sizes = {}
-    for component, names in zip(config.optimizer, claims.claimed, strict=True):
-        optimizer = component.build(named_params=[NamedParam(name, parameters[name], roles[name]) for name in names])
-        for name in names:
-            parameters[name].grad = torch.empty_like(parameters[name])
-        optimizer.step()
-        for name in names:
-            parameters[name].grad = None
-            state = optimizer.state.get(parameters[name], {})
-            sizes[id(parameters[name])] = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor) and value.is_meta)
-    return sizes
 
 
 def peak_of(device_name: str) -> float:

@@ -7,24 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from titanlm import checkpoint
-from titanlm.check import Report, check, checkpoint_bytes, quantizer_claims
+from titanlm.check import Report, check
 from titanlm.checkpoint_copy import RemoteCopies
 from titanlm.config import RunConfig
-from titanlm.course import longest_row
 from titanlm.distributed.slices import whole
 from titanlm.distributed.world import Peers, World
 from titanlm.environment import requirements
 from titanlm.errors import CheckpointError, ConfigError, TitanError
 from titanlm.loggers.text import printable
-from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB
-from titanlm.models.layers.product import share_computed_with
 from titanlm.runs import RunFolder
 from titanlm.tokenizers.fingerprint import difference
-from titanlm.tuned import Tuned
 from titanlm.weights import load_weights
 
 
@@ -77,13 +71,13 @@ def wind_back(root: Path, step: int, copies: RemoteCopies | None) -> None:
         copies.wind_back(step)
 
 
-def room_for_checkpoints(config: RunConfig, model: Any, root: Path) -> list[str]:
+def room_for_checkpoints(keep_last: int, checkpoint_bytes: int, root: Path) -> list[str]:
     """A warning now rather than a full disk at hour nine."""
-    needed = (config.checkpoint.keep_last + 1) * checkpoint_bytes(config, model)
+    needed = (keep_last + 1) * checkpoint_bytes
     free = shutil.disk_usage(root).free
     if free >= needed:
         return []
-    kept = f"checkpoint.keep_last = {config.checkpoint.keep_last} and one being written take about {needed / GIB:.1f} GiB"
+    kept = f"checkpoint.keep_last = {keep_last} and one being written take about {needed / GIB:.1f} GiB"
     return [f"WARNING: {root}: {free / GIB:.1f} GiB are free, and {kept}"]
 
 
@@ -98,22 +92,6 @@ def load_initial(config: RunConfig, model: Any, tokenizer: Any, peers: Peers) ->
     fresh = {name: whole(tensor) for name, tensor in tensors.items()} if settings.skip or settings.grow == "init" else {}
     weights, notes = peers.agree(lambda: initial_weights(settings, model, tokenizer=tokenizer.fingerprint, fresh=fresh.__getitem__))
     load_weights(model, weights, settings.path)
-    return notes
-
-
-def begin_quantizers(config: RunConfig, model: Any, n_tokens: int, *, device: torch.device, compiled: bool, tuned: Tuned) -> list[str]:
-    """Let quantizers do what hangs on the device, on a materialised model of which nothing was traced yet; what they have to say.
-
-    ``n_tokens`` are those of a forward pass.
-    """
-    facts = {"n_tokens": n_tokens, "n_head_tokens": chunk_size(n_tokens, config.loss.config.chunk_tokens)}
-    notes: list[str] = []
-    for entry, names in zip(config.quantizer, quantizer_claims(config, model).claimed, strict=True):
-        begin = getattr(entry.build(), "begin", None)
-        notes += [] if begin is None else begin(model, names, device=device, compiled=compiled, tuned=tuned, **facts)
-        if getattr(entry.build(), "of_products", False):
-            seq_len = longest_row(config)
-            notes.append(f"{entry.name}: {share_computed_with(model, names, seq_len)} in rows of {seq_len:,}")
     return notes
 
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from titanlm import checkpoint, randomness
-from titanlm.attention_choice import settle_attention
 from titanlm.best import Best
 from titanlm.check import Report, build_model, check, optimizer_claims, roles_of
 from titanlm.checkpoint import Saved
@@ -41,7 +40,6 @@ from titanlm.data import DataEnded, Loader, StepData, merge_states
 from titanlm.data_state import start_state
 from titanlm.device import choose_device
 from titanlm.distributed import activation_checkpointing
-from titanlm.distributed.compile import compile_kernels, compile_module
 from titanlm.distributed.process_group import connected
 from titanlm.distributed.strategy import build_strategy
 from titanlm.distributed.watchdog import Watchdog
@@ -61,14 +59,14 @@ from titanlm.precision import DTYPES, set_precision
 from titanlm.profiling import ProfileWindow
 from titanlm.progress import Phase, Phases, Progress, enter
 from titanlm.resume import WEIGHTS, find_earlier
-from titanlm.run_start import begin_quantizers, load_initial, open_folder, preflight, prepare_checkpoints, require_same_data, room_for_checkpoints, wind_back
+from titanlm.run_choices import RunChoices, bytes_to_come
+from titanlm.run_start import load_initial, open_folder, preflight, prepare_checkpoints, require_same_data, room_for_checkpoints, wind_back
 from titanlm.runs import write_atomic
 from titanlm.saver import Saver
 from titanlm.spikes import SpikeDetector
 from titanlm.state_tree import copied
 from titanlm.stream import streams_of
 from titanlm.train_module import TrainModule
-from titanlm.tuned import Tuned
 from titanlm.weights import initialise, load_weights, unique_names
 
 ECHO_S = 3.0
@@ -93,11 +91,7 @@ class Trainer:
         # 1. Everything that can be wrong is found before a device is touched or a file written.
         report = preflight(config)
         self.world = World.from_environment()
-        to_come_bytes = None
-        if train.micro_batch_tokens == "auto":
-            from titanlm.micro_batch import to_come
-
-            to_come_bytes = to_come(config, report.model, self.world)  # before ranks are connected: an optimizer may exchange something in its step
+        to_come_bytes = bytes_to_come(config, report.model, self.world)
 
         # 2. Device and seeds. Determinism first: cuBLAS reads its setting at the first CUDA call.
         randomness.set_deterministic(train.deterministic)
@@ -130,8 +124,6 @@ class Trainer:
 
             self.loggers = self._new_loggers()
             opened.callback(lambda: self.loggers.close())
-            self.notes: list[str] = []
-            self.tuned = Tuned(self.folder.path, self.peers, self.notes.append)
             self.watchdog = Watchdog(
                 timeout_s=parallel.timeout_s,
                 first_timeout_s=parallel.init_timeout_s,
@@ -171,22 +163,22 @@ class Trainer:
         )
         opened.callback(self.loader.close)
 
+        # What is slow from here on is told as it begins. A start that is refused up to here has touched no log.
+        if earlier is not None:
+            require_same_data(self.fingerprints, earlier.state["fingerprints"], earlier.folder)
+        self.peers.first(lambda: self.loggers.start(0 if earlier is None else earlier.step))
+        shared = f" on {self.world.size} ranks ({parallel.strategy})" if parallel.strategy != "none" else ""
+        documents = ", ".join(report.data) or "not counted"
+        self.loggers.message(f"{self.n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {documents}")
+
         # 7. Model on the meta device, changed by adapter and quantizers; nothing is allocated yet.
         model = build_model(config, self.tokenizer)
         self.model: Any = model
         self.module = TrainModule(model, config.loss.build()).train()
         set_precision(self.module, train.precision)
         use_kernels(self.module, train.kernels)
-        notes = self.notes
-        self.compile_cache = None
-        if train.compile_cache != "off" and train.compile != "none":
-            from titanlm.distributed.compile_cache import CompileCache
-
-            self.compile_cache = self.peers.agree(lambda: CompileCache(self.folder.path, self.device, train.compile_cache))
-            if loaded := self.compile_cache.load():  # before anything is compiled, to be measured or to train
-                notes.append(loaded)
-        rows, seq_len = self.phases.largest_pass(train.micro_batch_tokens != "auto")
-        notes += settle_attention(config, model, self.device, rows, seq_len, self.tuned)
+        self.choices = RunChoices(config, self.folder.path, self.device, self.peers, self.loggers.message)
+        self.choices.settle_attention(model, self.phases)
 
         # 8. Recomputation, then sharding, both around a block's forward pass: what is recomputed is what was gathered.
         activation_checkpointing.apply(model.blocks, train.activation_checkpointing)
@@ -197,13 +189,11 @@ class Trainer:
         model.to_empty(device=self.strategy.parameter_device(self.device))
         initialise(model, train.seed)
         fresh = earlier is None and config.checkpoint.initial_load is not None
-        notes += load_initial(config, model, self.tokenizer, self.peers) if fresh else []
+        for note in load_initial(config, model, self.tokenizer, self.peers) if fresh else ():
+            self.loggers.message(note)
 
         # 10. Compiled in place: state keeps its names. Each phase's shapes compile once, when they first come.
-        self.compiled = compile_module(self.module, train.compile)
-        notes += begin_quantizers(config, model, rows * seq_len, device=self.device, compiled=self.compiled != "none", tuned=self.tuned)
-        if train.compile == "auto":
-            notes.append(f"train.compile: {self.compiled!r} for a model of {len(model.blocks)} blocks")
+        self.choices.compile(self.module)
         self.forward = self.strategy.wrap(self.module)
 
         # 11. Optimizers over the materialised parameters; each knows the peaks of what is scheduled.
@@ -213,7 +203,7 @@ class Trainer:
             entry.build(named_params=[NamedParam(name, parameters[name], roles[name]) for name in names])
             for entry, names in zip(config.optimizer, optimizer_claims(config, model).claimed, strict=True)
         ]
-        compile_kernels(self.optimizers, self.compiled)
+        self.choices.compile_optimizers(self.optimizers)
         run = {"total_steps": train.steps, "horizon": self.horizon}
         self.schedulers = [{name: one.build(**run) for name, one in schedules_of(config, entry).items()} for entry in config.optimizer]
         for optimizer, schedulers in zip(self.optimizers, self.schedulers, strict=True):
@@ -228,7 +218,9 @@ class Trainer:
         self.hooks = [module.on_step_end for module in model.modules() if hasattr(module, "on_step_end")]
 
         if to_come_bytes is not None:
-            config = self._size_micro_batches(to_come_bytes)
+            probed: dict[str, Any] = {"model": model, "forward": self.forward, "strategy": self.strategy, "optimizers": self.optimizers}
+            rows = {"vocab_size": self.tokenizer.vocab_size, "n_sources": self.loader.n_sources}
+            self.phases, config = self.choices.size_micro_batches(self.phases, to_come_bytes, **probed, **rows)
 
         # 12. What watches, saves and reports.
         self.guard = FiniteGuard(
@@ -261,43 +253,16 @@ class Trainer:
         self.unreadable = 0
         self.interval = Interval(self.loader.n_sources, self.device)
         if earlier is not None:
-            require_same_data(self.fingerprints, earlier.state["fingerprints"], earlier.folder)
-            notes += [f"resumed from {earlier.folder} (step {earlier.step}, {earlier.state['progress']['tokens']:,} tokens)", *self._take_up(earlier)]
+            for note in [f"resumed from {earlier.folder} (step {earlier.step}, {earlier.state['progress']['tokens']:,} tokens)", *self._take_up(earlier)]:
+                self.loggers.message(note)
             self.loader.restore(merge_states([own["data"] for own in earlier.ranks]))
         elif start is not None:
             self.loader.restore(start)
         self._complete()
         self._forget_later()
         self.started_at = self.progress.step
-        self.peers.first(lambda: self.loggers.start(self.progress.step))
-        shared = f" on {self.world.size} ranks ({parallel.strategy})" if parallel.strategy != "none" else ""
-        documents = ", ".join(report.data) or "not counted"
-        self.loggers.message(f"{self.n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {documents}")
-        for note in [*notes, *room_for_checkpoints(config, model, self.checkpoints)]:
+        for note in room_for_checkpoints(config.checkpoint.keep_last, report.checkpoint_bytes, self.checkpoints):
             self.loggers.message(note)
-
-    def _size_micro_batches(self, to_come_bytes: int) -> RunConfig:
-        """Cut the phases into micro-batches of the rows that fit; the config that says so by a number."""
-        from titanlm.micro_batch import Probe, moments_held
-
-        to_come_bytes -= moments_held(self.optimizers, self.device)
-        probe = Probe(
-            config=self.config,
-            model=self.model,
-            forward=self.forward,
-            strategy=self.strategy,
-            device=self.device,
-            peers=self.peers,
-            vocab_size=self.tokenizer.vocab_size,
-            n_sources=self.loader.n_sources,
-            to_come_bytes=to_come_bytes,
-            compiled=self.compiled != "none",
-        )
-        rows = probe.rows(self.tuned, self.phases)
-        self.phases = self.phases.cut(rows)
-        longest = self.phases.longest  # by whose rows validation goes
-        self.notes.append(f"micro-batches of {longest.micro_batch} rows of {longest.seq_len}, {longest.accumulation} a step on each rank")
-        return replace(self.config, train=replace(self.config.train, micro_batch_tokens=longest.micro_batch * longest.seq_len))
 
     # ------------------------------------------------------------ the step
     def train_step(self) -> None:
@@ -479,10 +444,9 @@ class Trainer:
 
     def _keep_compiled(self) -> None:
         """Write what was compiled, the first time that there is something new."""
-        if self.compile_cache is not None:
-            with self.meter.pause():  # of every rank: the slowest clock counts
-                if told := self.peers.first(self.compile_cache.write):
-                    self.loggers.message(told)
+        with self.meter.pause():  # of every rank: the slowest clock counts
+            if told := self.choices.keep_compiled():
+                self.loggers.message(told)
 
     def _between_steps(self, step: int) -> None:
         """What is due after this many steps."""

@@ -28,8 +28,8 @@ FORMAT = 1
 class Tuned:
     """The choices of a run, the same on every rank; rank 0 reads and writes them.
 
-    ``tell`` gets a line for each new choice. Every method but ``get`` is
-    collective. Raises TitanError on every rank when the file is damaged or is
+    ``tell`` gets a line before and after each new choice, since measuring may
+    take a while. Every method but ``get`` is collective. Raises TitanError on every rank when the file is damaged or is
     not one of these.
     """
 
@@ -47,6 +47,7 @@ class Tuned:
         """What was chosen; if nothing was, what ``decide`` says on rank 0, which is kept. A TitanError in it is every rank's."""
         if key in self._choices:
             return self._choices[key]
+        self.tell(f"measuring, which may take a minute: {key}")
         return self.keep(key, self.peers.first(decide))
 
     def keep(self, key: str, value: JSON) -> JSON:

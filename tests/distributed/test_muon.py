@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,41 +11,12 @@ pytestmark = pytest.mark.distributed
 
 # Banks of four, two, three and one; on four ranks rows do not divide (6, 9, 7), or leave ranks without any (3, 1).
 RANK = """
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from titanlm.distributed.process_group import connected
-from titanlm.distributed.slices import whole
-from titanlm.distributed.world import World
-from titanlm.patterns import NamedParam
-from titanlm.registry import Component
-
 SHAPES = [(6, 8)] * 4 + [(9, 5)] * 2 + [(3, 4)] * 3 + [(1, 7)] + [(7, 7)]
 SETTINGS = {}, {"normalise": "rows", "nesterov": False, "coefficients": "polar_express"}
 NEUTRAL = dict(lr=0.05, weight_decay=0.1, momentum=0.9)
 
-class Matrices(nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.matrices = nn.ParameterList([nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES])
-
-    def forward(self, step):
-        generator = torch.Generator().manual_seed(step)
-        return sum((torch.randn(p.shape, generator=generator) * torch.sin(p)).sum() for p in self.matrices)
-
 def optimizer_of(model, **settings):
-    named = [NamedParam(name, parameter, "matrix") for name, parameter in model.named_parameters()]
-    return Component.named("optimizer", "muon", **{**NEUTRAL, "ns_dtype": "fp32", **settings}).build(named_params=named)
-
-def train(model, optimizer, steps):
-    for step in steps:
-        optimizer.zero_grad()
-        model(step).backward()  # equal on all ranks, so the average over ranks is each one's
-        optimizer.step()
-    return [whole(p) for p in model.parameters()]
+    return built("muon", model, **{**NEUTRAL, "ns_dtype": "fp32", **settings})
 
 def spread(model, how):
     if how == "replicate":
@@ -59,9 +28,6 @@ def spread(model, how):
 def close(got, expected, tolerance=1e-5):
     for a, b in zip(got, expected, strict=True):
         assert (a - b).norm() <= tolerance * b.norm(), (a.shape, ((a - b).norm() / b.norm()).item())
-
-def ranks():
-    return connected(World.from_environment(), torch.device("cpu"), timeout_s=60, init_timeout_s=60)
 """
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
@@ -71,16 +37,16 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
     ("ranks", "how"),
     [(4, "fsdp2"), (4, "replicate"), (4, "hsdp"), (2, "fsdp2"), (2, "replicate"), (2, "hsdp"), (1, "fsdp2"), (2, "offload")],
 )
-def test_equals_one_process(zygote: Any, ranks: int, how: str) -> None:
+def test_equals_one_process(on_ranks: Any, ranks: int, how: str) -> None:
     """Newton-Schulz in fp32, 1e-5 relative after four steps; all ranks have the same to the bit."""
     code = f"""{RANK}
 expected = []
 for settings in SETTINGS:
-    model = Matrices()
+    model = Parameters()
     expected.append(train(model, optimizer_of(model, **settings), range(4)))
 with ranks():
     for settings, alone in zip(SETTINGS, expected, strict=True):
-        model = spread(Matrices(), {how!r})
+        model = spread(Parameters(), {how!r})
         optimizer = optimizer_of(model, **settings)
         got = train(model, optimizer, range(4))
         close(got, alone)
@@ -93,64 +59,64 @@ with ranks():
             assert buffer.shape == p.shape
             assert {how!r} == "replicate" or buffer.to_local().shape == p.to_local().shape
 """
-    zygote.run(code, ranks=ranks, env=ALONE if ranks == 1 else None).expect(0, timeout_s=40)
+    on_ranks(code, ranks=ranks, env=ALONE if ranks == 1 else None).expect(0, timeout_s=40)
 
 
 @pytest.mark.parametrize("how", ["fsdp2", pytest.param("replicate", marks=pytest.mark.slow)])
-def test_compiled_equals_one_process(zygote: Any, how: str) -> None:
+def test_compiled_equals_one_process(on_ranks: Any, how: str) -> None:
     """With ranks that have nothing of a bank."""
     code = f"""{RANK}
 SHAPES[:] = [(6, 8), (6, 8), (1, 7)]
-model = Matrices()
+model = Parameters()
 alone = train(model, optimizer_of(model, **SETTINGS[1]), range(3))
 with ranks():
-    model = spread(Matrices(), {how!r})
+    model = spread(Parameters(), {how!r})
     optimizer = optimizer_of(model, **SETTINGS[1])
     optimizer.compile_kernels = True
     close(train(model, optimizer, range(3)), alone)
 """
-    zygote.run(code, ranks=2).expect(0, timeout_s=120)
+    on_ranks(code, ranks=2).expect(0, timeout_s=120)
 
 
 @pytest.mark.parametrize("how", ["fsdp2", "replicate"])
-def test_no_rank_orthogonalises_more_than_its_share(zygote: Any, how: str) -> None:
+def test_no_rank_orthogonalises_more_than_its_share(on_ranks: Any, how: str) -> None:
     """Of banks of 4, 2, 3, 1 and 1 matrices on two ranks: 2 + 1 + 2 + 1 + 1 at most, and each matrix once."""
     code = f"""{RANK}
 with ranks():
-    model = spread(Matrices(), {how!r})
+    model = spread(Parameters(), {how!r})
     optimizer = optimizer_of(model)
     orthogonalise, counts = optimizer.orthogonalise, []
     optimizer.orthogonalise = lambda bank: (counts.append(len(bank)), orthogonalise(bank))[1]
     train(model, optimizer, [0])
     print(sum(counts))
 """
-    launched = zygote.run(code, ranks=2).expect(0, timeout_s=40)
+    launched = on_ranks(code, ranks=2).expect(0, timeout_s=40)
     assert [int(launched.output(rank).split()[-1]) for rank in range(2)] == [7, 4]
 
 
 @pytest.mark.parametrize("how", ["fsdp2", "replicate"])
-def test_bf16_travels(zygote: Any, how: str) -> None:
+def test_bf16_travels(on_ranks: Any, how: str) -> None:
     """Rounded to bf16 before it is sent, as in one process before Newton-Schulz; sums inside the products may come in another order."""
     code = f"""{RANK}
-model = Matrices()
+model = Parameters()
 start = [p.detach().clone() for p in model.parameters()]
 alone = train(model, optimizer_of(model, ns_dtype="bf16"), range(2))
 with ranks():
-    model = spread(Matrices(), {how!r})
+    model = spread(Parameters(), {how!r})
     got = train(model, optimizer_of(model, ns_dtype="bf16"), range(2))
 close([a - b for a, b in zip(got, start)], [a - b for a, b in zip(alone, start)], 0.02)
 """
-    zygote.run(code, ranks=2).expect(0, timeout_s=40)
+    on_ranks(code, ranks=2).expect(0, timeout_s=40)
 
 
 @pytest.mark.parametrize("how", ["fsdp2", "replicate"])
-def test_the_flag_keeps_a_step_out_on_every_rank(zygote: Any, how: str) -> None:
+def test_the_flag_keeps_a_step_out_on_every_rank(on_ranks: Any, how: str) -> None:
     code = f"""{RANK}
 def bits(tensors):
     return [(t.to_local() if hasattr(t, "to_local") else t).detach().view(torch.int32).clone() for t in tensors]
 
 with ranks():
-    model = spread(Matrices(), {how!r})
+    model = spread(Parameters(), {how!r})
     optimizer = optimizer_of(model)
     optimizer.found_inf = torch.zeros(())
     train(model, optimizer, range(2))
@@ -164,42 +130,30 @@ with ranks():
     assert all(map(torch.equal, bits(parameters + buffers), before))
     optimizer.found_inf.zero_()
     got = train(model, optimizer, [2])
-model = Matrices()
+model = Parameters()
 close(got, train(model, optimizer_of(model), range(3)))
 """
-    zygote.run(code, ranks=2).expect(0, timeout_s=40)
+    on_ranks(code, ranks=2).expect(0, timeout_s=40)
 
 
-def test_only_parameters_cut_by_rows_are_taken(zygote: Any) -> None:
+def test_only_parameters_cut_by_rows_are_taken(on_ranks: Any) -> None:
     code = f"""{RANK}
-from torch.distributed.tensor import Shard
 with ranks():
-    model = fully_shard(Matrices(), mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda p: Shard(1) if p.shape[1] % 2 == 0 else None)
+    model = fully_shard(Parameters(), mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda p: Shard(1) if p.shape[1] % 2 == 0 else None)
     try:
         optimizer_of(model)
     except ValueError as error:
         print(error)
 """
-    assert "params: matrices.0 is placed as (Shard(dim=1),); muon takes parameters sharded by rows only" in zygote.run(code, ranks=2).expect(0).output(1)
+    assert "params: all.0 is placed as (Shard(dim=1),); muon takes parameters sharded by rows only" in on_ranks(code, ranks=2).expect(0).output(1)
 
 
 # ---------------------------------------------------------------- whole runs
 MUON = '--optimizer=[{name="muon", ns_dtype="fp32", weight_decay=0.1}, {name="adamw", lr=1e-2}]'
 
 
-def losses(run: Path) -> list[float]:
-    rows = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 @pytest.mark.parametrize("how", ["fsdp2", pytest.param("replicate", marks=pytest.mark.slow)])
-def test_a_run_resumed_on_other_ranks_equals_one_process(tiny: Path, zygote: Any, how: str) -> None:
-    """Seven steps on two ranks, a checkpoint, the rest on four; rows of d_ff = 66 do not divide by four."""
-    common = [MUON, "--train.micro_batch=1", "--scheduler=constant", "--validation=[]", "--model.d_ff=66"]
-    zygote.train(tiny, "--run.name=alone", "--train.steps=10", *common).expect(0)
-    several = [*common, "--run.name=several", f"--parallel.strategy={how}"]
-    zygote.train(tiny, *several, "--train.steps=7", ranks=2).expect(0)
-    zygote.train(tiny, *several, "--train.steps=10", ranks=4).expect(0)
-    alone, resumed = (losses(tiny.parent / "runs" / name) for name in ("alone", "several"))
-    assert len(resumed) == len(alone) == 10
+def test_a_run_resumed_on_other_ranks_equals_one_process(resumed_on_other_ranks: Any, how: str) -> None:
+    """Rows of d_ff = 66 do not divide by four."""
+    resumed, alone = resumed_on_other_ranks(how, MUON, "--model.d_ff=66")
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(resumed, alone, strict=True))

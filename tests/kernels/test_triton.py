@@ -106,9 +106,13 @@ def test_gradients_of_any_layout(device):
         assert torch.equal(got, wanted)
 
 
+SLOPES = pytest.mark.parametrize("slope", [0.0, 0.5])
+
+
+@SLOPES
 @pytest.mark.parametrize("n_rows", [1, 256, 300])
 @pytest.mark.parametrize(("width", "d_ff"), [(64, 192), (512, 1536)])
-def test_relu2_network(device, n_rows, width, d_ff):
+def test_relu2_network(device, n_rows, width, d_ff, slope):
     if INTERPRETED and width > 64:
         pytest.skip("too much for the interpreter")
     x, up, down = rounded(n_rows, width, device=device), rounded(d_ff, width, device=device, scale=0.1), rounded(width, d_ff, device=device, scale=0.1)
@@ -116,17 +120,36 @@ def test_relu2_network(device, n_rows, width, d_ff):
     mine = [each.to(dtype).requires_grad_() for each in (x, up, down)]
     theirs = [each.double().requires_grad_() for each in (x, up, down)]
     seed = rounded(n_rows, width, device=device)
-    result, reference = Relu2Network.apply(*mine), plain_relu2_network(*theirs)
+    result, reference = Relu2Network.apply(*mine, slope), plain_relu2_network(*theirs, slope)
     close(result, reference, 0.02)
     for got, wanted in zip(torch.autograd.grad(result, mine, seed.to(dtype)), torch.autograd.grad(reference, theirs, seed.double()), strict=True):
         close(got, wanted, 0.02)
 
 
-def test_nan_stays_nan(device):
+@pytest.mark.parametrize("slope", [0.5, 0.25])
+def test_leaky_relu2_element_by_element(device, slope):
+    """Through products with the identity, which leave every number as it is: bf16 holds each u, and h and its slopes to their own rounding."""
+    n = 128
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    eye = torch.eye(n, device=device, dtype=dtype)
+    x = torch.linspace(-3, 3, n * n, device=device).view(n, n).to(dtype).requires_grad_()
+    got = Relu2Network.apply(x, eye, eye, slope)
+    seed = torch.ones_like(got)
+    (g,) = torch.autograd.grad(got, x, seed)
+    u = x.detach().double().requires_grad_()
+    wanted = torch.nn.functional.leaky_relu(u, slope).square()
+    (g_wanted,) = torch.autograd.grad(wanted.sum(), u)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    assert ((got.double() - wanted).abs() <= rounding * wanted + 1e-12).all()
+    assert ((g.double() - g_wanted).abs() <= rounding * g_wanted.abs() + 1e-12).all()
+
+
+@SLOPES
+def test_nan_stays_nan(device, slope):
     """A guard against steps that are not finite looks at the loss and the gradients."""
     x, up, down = (rounded(32, 32, device=device).to(torch.float32 if INTERPRETED else torch.bfloat16).requires_grad_() for _ in range(3))
     with torch.no_grad():
         up[3, 5] = torch.nan
-    result = Relu2Network.apply(x, up, down)
+    result = Relu2Network.apply(x, up, down, slope)
     assert result.isnan().all()
     assert all(gradient.isnan().any() for gradient in torch.autograd.grad(result.sum(), (x, up, down)))

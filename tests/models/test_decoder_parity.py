@@ -19,6 +19,7 @@ CONFIGS = {
     "mqa_wide_heads": {"n_kv_heads": 1, "head_dim": 6},
     "qk_norm": {"qk_norm": "learned", "n_kv_heads": 2},
     "relu2_untied": {"activation": "relu2", "tie_embeddings": False},
+    "leaky_relu2": {"activation": "leaky_relu2"},
     "softcap": {"softcap": 1.5},
     "factorised": {"embedding_rank": 5},
     "factorised_untied": {"embedding_rank": 5, "tie_embeddings": False, "rope_theta": 100.0},
@@ -103,7 +104,7 @@ def reference_logits(model: Decoder, batch: Batch) -> np.ndarray:
                     gate = w[p + "feed_forward.gate_proj.weight"] @ y
                     inner = gate / (1 + np.exp(-gate)) * up
                 else:
-                    inner = np.maximum(up, 0) ** 2
+                    inner = np.where(up > 0, up**2, up**2 / 4 if c.activation == "leaky_relu2" else 0.0)
                 stream[t] = x + w[p + "feed_forward.down_proj.weight"] @ inner
         logits = []
         for x in stream:

@@ -186,9 +186,9 @@ def plain_forward(model: Golf, batch: Batch) -> Tensor:
                     y = y - (y * unit).sum(-1, keepdim=True) * unit
                 out.append(y)
             x = x + p[b + "attention_scale"] * (torch.cat(out, 1) @ p[b + "attention.o_proj.weight"].T)
-            x = x + p[b + "feed_forward_scale"] * (
-                torch.relu(rms(x) @ p[b + "feed_forward.up_proj.weight"].T).square() @ p[b + "feed_forward.down_proj.weight"].T
-            )
+            u = rms(x) @ p[b + "feed_forward.up_proj.weight"].T
+            inner = torch.where(u > 0, u**2, {"relu2": 0.0, "leaky_relu2": 0.25}[c.activation] * u**2)
+            x = x + p[b + "feed_forward_scale"] * (inner @ p[b + "feed_forward.down_proj.weight"].T)
             if layer < n_encoder:
                 kept.append(x)
         logits = rms(x) @ p["embedding.weight" if c.tie_embeddings else "head.weight"].T
@@ -207,6 +207,7 @@ def plain_forward(model: Golf, batch: Batch) -> Tensor:
         ({**ALL, "smear_gate": "masked"}, text(6, 7, document_mask=True)),
         ({**ALL, "tie_embeddings": False, "softcap": None}, text(8)),
         ({**ALL, "attention_backend": "math"}, text(9)),
+        ({**ALL, "activation": "leaky_relu2"}, text(9)),
     ],
 )
 def test_forward_equals_a_plain_loop(settings: dict[str, object], batch: Batch) -> None:

@@ -52,7 +52,7 @@ def assert_equal(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("mode", ["none", "block"])
 def test_optimizers_compile_where_the_run_does(tiny: Path, mode: str) -> None:
     with Trainer(load(tiny, [*SETTINGS, f"--train.compile={mode}"])) as trainer:
-        assert [optimizer.compile_kernels for optimizer in trainer.optimizers] == [trainer.compiled != "none"] * 2
+        assert [optimizer.compile_kernels for optimizer in trainer.optimizers] == [trainer.choices.compiled != "none"] * 2
 
 
 def test_a_resumed_run_equals_one_that_was_not_stopped_to_the_bit(tiny: Path) -> None:

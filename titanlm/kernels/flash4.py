@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titanlm.kernels.lengths import bounds, flat, shapes
+from titanlm.kernels.flash import backward_operator, forward_operator
+from titanlm.kernels.lengths import bounds, flat
 
 _SPEC = importlib.util.find_spec("flash_attn")
 # Looked for and not imported: another package of that name loads its CUDA library at once.
@@ -16,26 +17,15 @@ _SPEC = importlib.util.find_spec("flash_attn")
 HAS_FLASH4 = any(Path(place, "cute", "flash_bwd_sm90.py").is_file() for place in (_SPEC and _SPEC.submodule_search_locations) or ())
 
 
-@torch.library.custom_op("titanlm::flash4_forward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor? lengths) -> (Tensor, Tensor)")
-def flash4_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As ``Kernel.forward``."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     from flash_attn.cute import interface
 
     y, lse = interface._flash_attn_fwd(*flat(lengths, q, k, v), **bounds(lengths, q.shape[1]), causal=True, return_lse=True)[:2]
     return y.view(q.shape), lse
 
 
-@flash4_forward.register_fake
-def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    return shapes(q, lengths)
-
-
-_BACKWARD = "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor? lengths) -> (Tensor, Tensor, Tensor)"
-
-
-@torch.library.custom_op("titanlm::flash4_backward", mutates_args=(), schema=_BACKWARD)
-def flash4_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``Kernel.backward``; deterministic where torch is told to be."""
+def _backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Deterministic where torch is told to be."""
     from flash_attn.cute import interface
 
     settings = {**bounds(lengths, q.shape[1]), "causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
@@ -43,6 +33,5 @@ def flash4_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: 
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
-@flash4_backward.register_fake
-def _backward_shapes(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+flash4_forward = forward_operator("flash4_forward", _forward)
+flash4_backward = backward_operator("flash4_backward", _backward)

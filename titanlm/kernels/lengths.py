@@ -33,9 +33,3 @@ def bounds(lengths: Tensor | None, n: int) -> dict[str, Any]:
     """What FlashAttention 3 and 4 want to be told of lengths in rows of ``n`` positions."""
     longest = None if lengths is None else n
     return {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths, "max_seqlen_q": longest, "max_seqlen_k": longest}
-
-
-def shapes(q: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output and lse of every kernel that takes lengths, without values."""
-    b, t, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, h, t) if lengths is None else (h, b * t), dtype=torch.float32)

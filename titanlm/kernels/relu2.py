@@ -1,12 +1,13 @@
-"""The relu² network with its activation inside the matrix products.
+"""The relu² network, or that of leaky relu², with its activation inside the matrix products.
 
-    h = relu(x Uᵀ)²      y = h Dᵀ
+    u = x Uᵀ      h = u² where u > 0, (s·u)² elsewhere      y = h Dᵀ
 
 The activation is a pass over the widest tensor of a block, there and back. Here
 the first product squares its tile before it is written, and in the backward
-pass the product that makes the gradient of h multiplies it by the slope,
-2·relu(u) = 2·√h, so that neither u nor the gradient of h ever exists. √h is of
-the rounded h: within 2⁻⁹ of relu(u), as the rounding of u would be.
+pass the product that makes the gradient of h multiplies it by the derivative.
+With s = 0 that is 2·relu(u) = 2·√h, so that neither u nor the gradient of h ever
+exists. √h is of the rounded h: within 2⁻⁹ of relu(u), as the rounding of u would
+be. With another s the sign of u counts as well, and u is written beside h.
 """
 
 from __future__ import annotations
@@ -20,32 +21,42 @@ from torch import Tensor
 from titanlm.kernels.operator import operator
 
 
-def plain_relu2_network(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def relu2(u: Tensor, slope: float) -> Tensor:
+    """The square of relu, or of leaky relu with another ``slope`` than 0."""
+    return (F.leaky_relu(u, slope) if slope else F.relu(u)).square()
+
+
+def plain_relu2_network(x: Tensor, up: Tensor, down: Tensor, slope: float = 0.0) -> Tensor:
     """The twin in plain torch: (..., D), (F, D), (D, F) → (..., D)."""
-    return F.linear(F.relu(F.linear(x, up)).square(), down)
+    return F.linear(relu2(F.linear(x, up), slope), down)
 
 
-def _product(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
+def _product(a: Tensor, b: Tensor, kept: Tensor | None, slope: float) -> list[Tensor]:
     from titanlm.kernels.relu2_triton import product
 
-    return product(a, b, h)
+    return product(a, b, kept, slope)
 
 
-relu2_product = operator("relu2_product(Tensor a, Tensor b, Tensor? h) -> Tensor", _product, lambda a, b, h: a.new_empty(len(a), len(b)))
+def _shapes(a: Tensor, b: Tensor, kept: Tensor | None, slope: float) -> list[Tensor]:
+    return [a.new_empty(len(a), len(b)) for _ in range(2 if slope and kept is None else 1)]
+
+
+relu2_product = operator("relu2_product(Tensor a, Tensor b, Tensor? kept, float slope) -> Tensor[]", _product, _shapes)
 
 
 class Relu2Network(torch.autograd.Function):
-    """(n, D) bf16, (F, D), (D, F) → (n, D)."""
+    """(n, D) bf16, (F, D), (D, F), slope → (n, D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        h = relu2_product(x, up, None)
-        ctx.save_for_backward(x, up, down, h)
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        made = relu2_product(x, up, None, slope)
+        h, ctx.slope = made[0], slope
+        ctx.save_for_backward(x, up, down, h, made[-1])
         return h @ down.T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, up, down, h = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, h, kept = ctx.saved_tensors
         g = gradients[0].contiguous()
-        g_u = relu2_product(g, down.T.contiguous(), h)
-        return g_u @ up, g_u.T @ x, g.T @ h
+        (g_u,) = relu2_product(g, down.T.contiguous(), kept, ctx.slope)
+        return g_u @ up, g_u.T @ x, g.T @ h, None

@@ -9,22 +9,30 @@ from titanlm.kernels.jit import TensorDescriptor, jit, tl
 
 TILE = (256, 128, 64)
 WARPS = 8
-STAGES = {False: 4, True: 3}
-"""Tiles in flight, without and with a slope, whose own tile takes shared memory too. Measured on an H200 at (262,144, 512) × (512, 1,536)."""
+STAGES = {1: 4, 2: 3}
+"""Tiles in flight, by tensors of the result's shape, whose tiles take shared memory too. Measured on an H200 at (262,144, 512) × (512, 1,536)."""
 
 
 @jit
-def _write(part, h, c, row, column, SLOPE: tl.constexpr):
-    if SLOPE:
-        part *= 2 * tl.sqrt(h.load([row, column]).to(tl.float32))
+def _write(part, kept, c, row, column, BACK: tl.constexpr, SLOPE: tl.constexpr):
+    if BACK:
+        old = kept.load([row, column]).to(tl.float32)
+        if SLOPE:  # u
+            part *= tl.where(old > 0, 2 * old, 2 * SLOPE * SLOPE * old)
+        else:  # h
+            part *= 2 * tl.sqrt(old)
     else:
-        part = tl.maximum(part, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a guard against them must see them
+        if SLOPE:
+            kept.store([row, column], part.to(kept.dtype))
+            part = tl.where(part < 0, SLOPE * part, part)
+        else:
+            part = tl.maximum(part, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a guard against them must see them
         part *= part
     c.store([row, column], part.to(c.dtype))
 
 
 @jit
-def _product(a, b, h, c, m, n, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr):
+def _product(a, b, kept, c, m, n, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BACK: tl.constexpr, SLOPE: tl.constexpr):
     across = tl.cdiv(n, N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(m, M) * across, tl.num_programs(0), flatten=True):
         row, column = tile // across * M, tile % across * N
@@ -33,22 +41,27 @@ def _product(a, b, h, c, m, n, k, M: tl.constexpr, N: tl.constexpr, K: tl.conste
             total = tl.dot(a.load([row, depth * K]), b.load([column, depth * K]).T, total)
         # In two halves, which leaves shared memory for one more tile of a and b in flight.
         left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, N // 2)), (0, 2, 1)))
-        _write(left, h, c, row, column, SLOPE)
-        _write(right, h, c, row, column + N // 2, SLOPE)
+        _write(left, kept, c, row, column, BACK, SLOPE)
+        _write(right, kept, c, row, column + N // 2, BACK, SLOPE)
 
 
-def product(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
-    """(m, k) times the transpose of (n, k), then relu² of it; with ``h`` (m, n), a relu² before, times its slope 2·√h in place of that. → (m, n)."""
+def product(a: Tensor, b: Tensor, kept: Tensor | None, slope: float) -> list[Tensor]:
+    """(m, k) times the transpose of (n, k), and of that u leaky relu² with a slope: [h], or [h, u] where the slope is not 0.
+
+    With ``kept``, the last of such a list from before, the product times the
+    derivative there in place of all that. All are (m, n).
+    """
     (m, k), n = a.shape, len(b)
-    c = a.new_empty(m, n)
+    back = kept is not None
+    made = [a.new_empty(m, n) for _ in range(2 if slope and not back else 1)]
     tile_m, tile_n, tile_k = TILE
-    out = TensorDescriptor.from_tensor(c, [tile_m, tile_n // 2])
+    out, *rest = (TensorDescriptor.from_tensor(each, [tile_m, tile_n // 2]) for each in (made if kept is None else [*made, kept]))
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
     _product[(programs,)](
         TensorDescriptor.from_tensor(a, [tile_m, tile_k]),
         TensorDescriptor.from_tensor(b, [tile_n, tile_k]),
-        out if h is None else TensorDescriptor.from_tensor(h, [tile_m, tile_n // 2]),
+        rest[0] if rest else out,
         out,
-        m, n, k, M=tile_m, N=tile_n, K=tile_k, SLOPE=h is not None, num_warps=WARPS, num_stages=STAGES[h is not None],
+        m, n, k, M=tile_m, N=tile_n, K=tile_k, BACK=back, SLOPE=slope, num_warps=WARPS, num_stages=STAGES[1 + len(rest)],
     )  # fmt: skip
-    return c
+    return made

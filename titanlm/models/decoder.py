@@ -1,6 +1,6 @@
 """The plain decoder: pre-norm, rotary, grouped queries; most families are settings of it.
 
-Llama, Qwen3 and their kin are this file: SwiGLU or relu², heads of any size,
+Llama, Qwen3 and their kin are this file: SwiGLU, relu² or leaky relu², heads of any size,
 optional norms on queries and keys, an embedding that is whole or factorised,
 tied to the head or not, logits capped or not. The head is held but not run
 here: ``forward`` gives hidden states and the loss turns them into logits chunk
@@ -46,7 +46,8 @@ class DecoderConfig:
     """Even; unset: d_model / n_heads."""
     d_ff: Size | None = None
     """Inner width of the feed-forward networks; unset: about 8·d_model² parameters each."""
-    activation: Literal["swiglu", "relu2"] = "swiglu"
+    activation: Literal["swiglu", "relu2", "leaky_relu2"] = "swiglu"
+    """Of the feed-forward networks; leaky_relu2: leaky relu with slope 1/2, squared."""
     qk_norm: Literal["none", "learned"] = "none"
     """Root-mean-square norm of queries and keys per head, with a weight; steadier at high learning rates."""
     embedding_rank: Size | None = None

@@ -72,7 +72,9 @@ class GolfConfig:
     n_kv_heads: PositiveFew = 4
     """Heads of keys and values, a divisor of n_heads."""
     d_ff: Size = 1024
-    """Inner width of the feed-forward networks, which are relu²."""
+    """Inner width of the feed-forward networks."""
+    activation: Literal["relu2", "leaky_relu2"] = "relu2"
+    """leaky_relu2: with slope 1/2 below 0, as later records have it."""
     q_gain: PositiveFloat = 1.5
     """What the gains of queries, one a head, start at."""
     rope: Rope = field(default_factory=Rope)
@@ -116,7 +118,7 @@ class GolfBlock(nn.Module):
         self.attention = attention
         self.attention_scale = nn.Parameter(torch.empty(c.d_model, dtype=torch.float32))
         self.feed_forward_norm = RMSNorm(c.d_model, c.norm_eps, learned=False)
-        self.feed_forward = FeedForward(c.d_model, c.d_ff, "relu2")
+        self.feed_forward = FeedForward(c.d_model, c.d_ff, c.activation)
         self.feed_forward_scale = nn.Parameter(torch.empty(c.d_model, dtype=torch.float32))
 
     def forward(

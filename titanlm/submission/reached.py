@@ -65,11 +65,12 @@ WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """Module, or definition of one → a pattern of settings, and with which values of theirs it is called; it is in where one has such a value."""
 
-UNSAID = frozenset({"titanlm.attention_choice.settle_attention", "titanlm.config_sources._key_lines"})
+UNSAID = frozenset({"titanlm.attention_choice.settle_attention", "titanlm.check.summary", "titanlm.config_sources._key_lines"})
 """Functions that yield nothing here instead of refusing.
 
 In which line a key stands says nothing of a config that its user has no file
-of; and what a submission computes with is not measured where it counts.
+of; what a submission computes with is not measured where it counts; and what
+its config takes was asked before it became one.
 """
 
 _ROOT = Path(__file__).parents[1]

@@ -2,6 +2,9 @@
 
 ``swiglu``: W_down(silu(W_gate x) · W_up x), Shazeer 2020, arXiv:2002.05202.
 ``relu2``: W_down(relu(W_up x)²), So et al. 2021, arXiv:2109.08668.
+``leaky_relu2``: W_down(leaky_relu(W_up x)²) with slope 1/2, so that a negative
+number counts by a quarter of its square; of Parameter Golf's records since
+pull request 549.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.kernels.fused import fused
-from titanlm.kernels.relu2 import Relu2Network
+from titanlm.kernels.relu2 import Relu2Network, relu2
 from titanlm.models.layers.linear import Linear
 from titanlm.models.layers.product import shared_product
 
-Activation: TypeAlias = Literal["swiglu", "relu2"]
+Activation: TypeAlias = Literal["swiglu", "relu2", "leaky_relu2"]
+SLOPES = {"relu2": 0.0, "leaky_relu2": 0.5}
+"""Below 0, of what is squared."""
 
 
 def default_width(d_model: int, activation: Activation) -> int:
@@ -33,12 +38,14 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(d_model, d_ff) if activation == "swiglu" else None
         self.up_proj = Linear(d_model, d_ff)
         self.down_proj = Linear(d_ff, d_model)
-        self.fuses = activation == "relu2" and d_model % 8 == d_ff % 8 == 0  # rows of whole 16 bytes, as the device copies tiles
+        self.slope = SLOPES.get(activation, 0.0)
+        self.fuses = activation in SLOPES and d_model % 8 == d_ff % 8 == 0  # rows of whole 16 bytes, as the device copies tiles
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses and fused(x) and shared_product(self.up_proj, self.down_proj) is F.linear:
-            network: Tensor = Relu2Network.apply(x.flatten(0, -2), self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype))
+            weights = self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype)
+            network: Tensor = Relu2Network.apply(x.flatten(0, -2), *weights, self.slope)
             return network.view(x.shape)
         up = self.up_proj(x)
-        inner = F.relu(up).square() if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
+        inner = relu2(up, self.slope) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
         return self.down_proj(inner)
