@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,10 @@ from titanlm import checkpoint, cli
 from titanlm.batch import Batch
 from titanlm.check import optimizer_claims, quantizer_claims, roles_of
 from titanlm.config import RunConfig, load
+from titanlm.course import legs_of
+from titanlm.curriculum import curriculum_problems
 from titanlm.distributed.world import World
+from titanlm.epochs import read_again
 from titanlm.kernels.fused import use_kernels
 from titanlm.metrics import memory_of
 from titanlm.micro_batch import SHARE, made_up
@@ -45,7 +49,7 @@ NARROW = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 64, "embedding_ran
 SMALL = (
     *("--train.seq_len=48", "--train.global_batch=8", "--train.micro_batch_tokens=192", "--train.log_every=1", "--train.device=cpu", "--train.compile=none"),
     *("--train.threads=1", "--train.deterministic=true", "--validation=[]", "--loss.chunk_tokens=64", "--data.n_streams=8", "--scheduler.warmup_steps=3"),
-    *("--model.attention_backend=sdpa", "--optimizer.0.lr=1e-2"),
+    *("--model.attention_backend=sdpa", "--optimizer.0.lr=1e-2", "--tokenizer=byte", "--curriculum=[]", "--checkpoint.best="),
 )
 
 
@@ -98,8 +102,11 @@ def test_values_are_the_documents() -> None:
         scheduler = config.scheduler.build(total_steps=train.steps)
         rates = [2e-4 * scheduler.factor(type("At", (), {"step": step})) for step in (499, train.steps - 1)]
         assert rates == pytest.approx([2e-4, 1e-5], rel=1e-3)
-        assert (train.seq_len, train.global_batch * train.seq_len, train.clip, train.seed, train.precision) == (2048, 65_536, 1.0, 42, "bf16")
-        assert train.steps == math.ceil(1e9 / 65_536)
+        assert (train.seq_len, train.seed, train.precision) == (2048, 42, "bf16")
+        legs = legs_of(config)
+        assert [(leg.seq_len, leg.rows, leg.clip) for leg in (legs[0], legs[-1])] == [(128, 256, 1.0), (2048, 32, 0.3)]
+        assert config.data.n_tokens is not None
+        assert 0 <= config.data.n_tokens - sum(leg.tokens for leg in legs) < 65_536  # one epoch, of the 95 % that are trained on
         assert (train.validate_every, config.checkpoint.every, config.checkpoint.keep_last) == (2000, 10_000, 5)
 
 
@@ -301,7 +308,8 @@ def test_each_machine_has_room(name: str, device: str, n_devices: int) -> None:
     config, memory = yxanul(name, BF16), memory_of(device)
     assert memory is not None
     assert (config.parallel.strategy == "none") is (n_devices == 1)
-    assert config.train.global_batch % ((config.train.rows(config.train.seq_len) or 0) * n_devices) == 0
+    assert not list(curriculum_problems(config))
+    assert all(leg.rows % n_devices == 0 for leg in legs_of(config))
     assert whole_bytes(config, n_devices) <= SHARE * memory
 
 
@@ -321,7 +329,7 @@ def test_without_chunks_the_logits_alone_would_not_fit() -> None:
     assert pytest.approx(26.2e9, rel=1e-3) == 8192 * 8 * VOCAB * 2
     memory = memory_of("RTX 4090")
     assert memory is not None
-    rows = ("--train.seq_len=8", "--train.global_batch=8192", "--train.micro_batch_tokens=65536")
+    rows = ("--train.seq_len=8", "--train.global_batch=8192", "--train.micro_batch_tokens=65536", "--curriculum=[]")
     assert whole_bytes(yxanul("rtx_4090", *SHALLOW, BF16, *rows, "--loss.chunk_tokens=0"), 1) > memory
     assert whole_bytes(yxanul("rtx_4090", *SHALLOW, BF16, *rows), 1) < memory
 
@@ -340,7 +348,7 @@ def test_the_plan_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> No
     words = ["recipe", "plan", "yxanul", "--scale", "a100-40gb", "--device-name", "A100 40GB"]
     assert cli.main(words) == 0
     assert "of what A100 40GB has: fits in the 90% that can be planned with\n" in capsys.readouterr().out
-    assert cli.main([*words, "--train.micro_batch_tokens=65536"]) == 0
+    assert cli.main([*words, "--train.micro_batch_tokens=65536", "--curriculum=[]"]) == 0
     assert "does not fit in the 90% that can be planned with; lower train.micro_batch_tokens or" in capsys.readouterr().out
 
 
@@ -368,3 +376,36 @@ def test_on_a_gpu_the_seven_projections_are_multiplied_in_fp8() -> None:
         losses.append(loss.item() / batch.labels.numel())
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.15)
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+# ---------------------------------------------------------------- the configs beside
+def test_configs_beside_load() -> None:
+    ultra, fineweb, smoke, text = (yxanul(name) for name in ("yxanul_270m_ultra", "yxanul_270m_fineweb", "smoke", "smoke_text"))
+    assert sum(leg.tokens for leg in legs_of(ultra)) == 30_015_488_000
+    assert legs_of(ultra)[0].rows * legs_of(ultra)[0].seq_len == 8192 * 8
+    assert read_again(ultra)
+    assert [quantizer.name for quantizer in smoke.quantizer] == ["float8", "int8"]
+    for config in (ultra, fineweb, smoke, text):
+        assert [entry.name for entry in config.counted] == ["english", "math", "code"]
+        assert config.checkpoint.best == "validation/summary/bits_per_byte"
+        assert not list(curriculum_problems(config))
+        planned_model(config)  # of as many parameters as it says
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_recipe_at_scale_smoke(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As shipped: tokenizer, shards, a curriculum of four stages in FP8, three domains, the best step of all three, an artifact under its limit."""
+    out = tmp_path / "yxanul"
+    assert cli.main(["recipe", "run", str(CONFIGS.parents[1] / "recipes" / "yxanul"), "--scale", "smoke", "--output", str(out)]) == 0
+    said = capfd.readouterr()
+    rows = list(map(json.loads, (out / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+    for domain in ("english", "math", "code", "summary"):
+        losses = [row[f"validation/{domain}/loss"] for row in rows if f"validation/{domain}/loss" in row]
+        assert len(losses) == 4
+        assert losses[-1] < losses[0] < math.log(4096)
+        assert re.search(rf"^  {domain}: loss", said.out, re.MULTILINE)
+    assert [seq_len for seq_len in (64, 128, 256) if f"seq_len {seq_len}, " in (out / "train" / "log.txt").read_text(encoding="utf-8")] == [64, 128, 256]
+    limit = yxanul("smoke").export.max_bytes
+    assert limit is not None
+    assert (out / "yxanul.titanlm").stat().st_size <= limit

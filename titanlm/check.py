@@ -123,7 +123,7 @@ def _check(config: RunConfig) -> Report:
             report.problems.append(
                 f"train.precision: quantizer 'float8' takes bf16 activations to FP8, and it is {train.precision!r}; set 'bf16', or leave the quantizer out"
             )
-        if train.compile == "none":
+        if train.compile == "none" and train.device != "cpu":
             report.warnings.append("train.compile: 'none', and casts to FP8 that nothing fuses cost more than FP8 gains; use 'block' or 'model'")
     report.attempt("loss", lambda: config.loss.build())
     if config.fitter is not None:
@@ -335,17 +335,21 @@ def _trained_on(config: RunConfig, entry: Validation) -> str | None:
 
 
 def _held_out_too_much(config: RunConfig, entry: Validation) -> Iterator[str]:
-    """Where a set takes more of some files for validation than training leaves out: the rows between are trained on. Less is a part of it."""
+    """Where a set takes more of some files for validation than training leaves out, or others: those are trained on. Less is a part of it."""
     if entry.dataset is None or entry.split != "validation":
         return
     fraction = getattr(entry.dataset.config, "validation_fraction", 0.0)
     own = set(_found(entry.dataset)) if fraction else set()
     for source in config.sources if own else ():
         left = getattr(source.dataset.config, "validation_fraction", fraction)
-        trained = set(_found(source.dataset)) if left < fraction else set()
+        theirs, mine = source.dataset.config, entry.dataset.config
+        other = next((key for key in ("column", "template") if getattr(theirs, key, "") != getattr(mine, key, "")), None)
+        trained = set(_found(source.dataset)) if left < fraction or other else set()
         shared = next((path for some, others in ((own, trained), (trained, own)) for path in some if _within(path, others)), None)
-        if shared is not None:
+        if shared is not None and left < fraction:
             yield f"validation_fraction: {fraction:g}, but training leaves out {left:g} of {shared} and reads the rest; leave out as much there"
+        elif shared is not None:
+            yield f"{other}: rows are held out by the hash of their text, and training makes other texts of {shared}; have the same there"
     for source in config.sources:
         if source.dataset.name == entry.dataset.name and (named := getattr(entry.dataset.config, "validation_files", ())):
             left_out = source.dataset.config.validation_files

@@ -126,6 +126,15 @@ def test_d14_a_file_in_both(folder):
         Listing([str(folder)], [str(folder / "link.txt")], (".jsonl",))
 
 
+def test_d14_files_that_are_for_validation_alone(folder):
+    both = [str(folder / "a.jsonl")]
+    listing = listed(both, both, (".jsonl",), split="validation")
+    assert (names(listing.validation), len(listing.train)) == (["a.jsonl"], 0)
+    for paths, split in ((both, "train"), ([str(folder)], "validation")):
+        with pytest.raises(DataError, match="a file can be in one only"):
+            listed(paths, both, (".jsonl",), split=split)
+
+
 def test_d14_equal_content_under_another_name(folder):
     (folder / "held_out.txt").write_text("a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl and .*held_out\.txt have the same content"):

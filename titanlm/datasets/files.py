@@ -221,8 +221,16 @@ class Listing:
         return self.validation
 
 
-def listed(paths: Sequence[str], validation_paths: Sequence[str], suffixes: tuple[str, ...], order: Callable[[_Found], Any] | None = None) -> Listing:
-    """The ``Listing``, made once for all who use it at the same time."""
+def listed(
+    paths: Sequence[str], validation_paths: Sequence[str], suffixes: tuple[str, ...], order: Callable[[_Found], Any] | None = None, split: str = "train"
+) -> Listing:
+    """The ``Listing``, made once for all who use it at the same time.
+
+    Where both name the same, as the dataset of a validation set may, it has
+    no training split: for ``split`` "validation" alone that is no mistake.
+    """
+    if split == "validation" and paths == validation_paths:
+        paths = ()
     key = ("files", Path.cwd(), tuple(paths), tuple(validation_paths), suffixes, order, _offline.get())
     return shared(key, lambda: Listing(paths, validation_paths, suffixes, order))
 

@@ -26,6 +26,7 @@ import numpy as np
 from titanlm.constraints import Fraction, PositiveInt
 from titanlm.datasets.documents import OnError, TextDocuments, Unreadable, UnreadableRow, columns_of, shared
 from titanlm.datasets.files import Files, Listing, Source, listed, one_line
+from titanlm.datasets.template import RowText
 from titanlm.errors import DataError
 from titanlm.registry import Component, Slot, Tokenizer, did_you_mean, register
 
@@ -39,7 +40,7 @@ _VISIBLE[list(b" \t\r\n")] = False
 
 @dataclass(frozen=True)
 class JsonlConfig:
-    """JSON Lines files, and which key is the text."""
+    """JSON Lines files, and which keys are the text."""
 
     paths: tuple[str, ...]
     """Files, directories (every .jsonl and .jsonl.gz below, hidden ones left out), globs (`**` crosses directories) and URLs (`hf://`, `s3://` ...)."""
@@ -49,6 +50,8 @@ class JsonlConfig:
     """Without `validation_paths`: share of the rows held out, chosen by the sha256 of their text, so that equal rows stay together."""
     column: str = "text"
     """The key under which an object has its text."""
+    template: str = ""
+    """In place of `column`: a text with keys in braces, as "Question: {question}\\nAnswer: {answer}"; `{{` and `}}` are literal braces."""
     max_bytes: PositiveInt = 262_144
     """Longer rows are cut into pieces of at most so many bytes, after a line's end where there is one; each piece is a document."""
     shuffle: bool = True
@@ -63,6 +66,7 @@ class JsonlConfig:
             raise ValueError("paths is empty: name at least one file, directory, glob or URL")
         if self.validation_paths and self.validation_fraction:
             raise ValueError("validation_paths and validation_fraction exclude each other: give one")
+        RowText(self.column, self.template)
 
 
 @register("dataset", "jsonl")
@@ -70,7 +74,7 @@ def jsonl(
     config: JsonlConfig, *, tokenizer: Tokenizer, split: str, stream: int, n_streams: int, seed: int, epochs: int | None = None, on_error: OnError = "raise"
 ) -> TextDocuments:
     """Raises DataError when a path matches nothing or all files of a split are empty."""
-    listing = listed(config.paths, config.validation_paths, (".jsonl", ".jsonl.gz"))
+    listing = listed(config.paths, config.validation_paths, (".jsonl", ".jsonl.gz"), split=split)
     alone = replace(config, shuffle=True, filter=())
     # Of an object only what is asked for is kept beside the text.
     columns = columns_of(config.filter)
@@ -104,9 +108,9 @@ class _Lines:
     def __init__(self, config: JsonlConfig, listing: Listing, split: str, columns: tuple[str, ...] | None) -> None:
         self._files = listing.of(split, config.validation_fraction, self.name)
         self._listing = listing  # lives as long as its rows
-        self._column, self._columns = config.column, columns
+        self._text, self._columns = RowText(config.column, config.template), columns
         self.validation_fraction = 0.0 if len(listing.validation) else config.validation_fraction
-        deciding = (config.column, config.max_bytes, config.block_rows, self.validation_fraction, split)
+        deciding = (self._text.key, config.max_bytes, config.block_rows, self.validation_fraction, split)
         self.fingerprint = f"jsonl: {hashlib.sha256(repr((self._files.fingerprint(), deciding)).encode()).hexdigest()}"
 
     def _parse(self, raw: bytes, first: bool) -> dict[str, Any]:
@@ -123,19 +127,20 @@ class _Lines:
             raise ValueError(f"no JSON that can be read: {one_line(str(error))[:200]}") from None
         if not isinstance(value, dict):
             raise ValueError(f"no JSON object but {_kind(value)}")
-        if self._column not in value:
-            there = ", ".join(one_line(key)[:40] for key in list(value)[:10])
-            raise ValueError(f"no key {self._column!r}{one_line(did_you_mean(self._column, value))} (keys: {there or 'none'}; dataset.column names it)")
-        text = value[self._column]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{self._column!r} is {_kind(text)}, no string")
-        if text is not None and "\\u" in decoded:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ValueError(f"{self._column!r} has half a surrogate pair, which is no text") from None
+        for name in self._text.columns:
+            if name not in value:
+                there = ", ".join(one_line(key)[:40] for key in list(value)[:10])
+                raise ValueError(f"no key {name!r}{one_line(did_you_mean(name, value))} (keys: {there or 'none'}; {self._text.setting} names it)")
+            text = value[name]
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{name!r} is {_kind(text)}, no string ({self._text.setting} names it)")
+            if text is not None and "\\u" in decoded:
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError:
+                    raise ValueError(f"{name!r} has half a surrogate pair, which is no text") from None
         others = value if self._columns is None else {name: value[name] for name in self._columns if name in value}
-        return {**others, "text": text}
+        return {**others, "text": self._text.of([value[name] for name in self._text.columns])}
 
 
 class JsonlRows(_Lines):

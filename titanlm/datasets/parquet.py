@@ -1,4 +1,4 @@
-"""Parquet files with a column of text.
+"""Parquet files with columns of text.
 
 A shard, the unit that order and streams deal in, is a file when there is one
 for every stream, and then no footer is read before its turn: hundreds of
@@ -24,6 +24,7 @@ from typing import Annotated, Any, NamedTuple
 from titanlm.constraints import Fraction, PositiveInt
 from titanlm.datasets.documents import OnError, TextDocuments, Unreadable, columns_of, shared
 from titanlm.datasets.files import Listing, Source, listed, one_line
+from titanlm.datasets.template import RowText
 from titanlm.errors import DataError
 from titanlm.registry import Component, Slot, Tokenizer, did_you_mean, register
 
@@ -38,7 +39,7 @@ _COMPUTED = ("n_tokens", "place", "text")
 
 @dataclass(frozen=True)
 class ParquetConfig:
-    """Parquet files, and which column is the text."""
+    """Parquet files, and which columns are the text."""
 
     paths: tuple[str, ...]
     """Files, directories (every .parquet below, hidden ones left out), globs (`**` crosses directories) and URLs (`hf://`, `s3://`, `https://` ...)."""
@@ -48,6 +49,8 @@ class ParquetConfig:
     """Without `validation_paths`: share of the rows held out, chosen by the sha256 of their text, so that equal rows stay together."""
     column: str = "text"
     """Where a row has its text; a column of strings."""
+    template: str = ""
+    """In place of `column`: a text with columns of strings in braces, as "Question: {question}\\nAnswer: {answer}"; `{{` and `}}` are literal braces."""
     max_bytes: PositiveInt = 262_144
     """Longer rows are cut into pieces of at most so many bytes, after a line's end where there is one; each piece is a document."""
     shuffle: bool = True
@@ -62,6 +65,7 @@ class ParquetConfig:
             raise ValueError("paths is empty: name at least one file, directory, glob or URL")
         if self.validation_paths and self.validation_fraction:
             raise ValueError("validation_paths and validation_fraction exclude each other: give one")
+        RowText(self.column, self.template)
 
 
 @register("dataset", "parquet")
@@ -69,7 +73,7 @@ def parquet(
     config: ParquetConfig, *, tokenizer: Tokenizer, split: str, stream: int, n_streams: int, seed: int, epochs: int | None = None, on_error: OnError = "raise"
 ) -> TextDocuments:
     """Raises DataError when a path matches nothing, a split has no rows, or a file has no such column of strings."""
-    files = listed(config.paths, config.validation_paths, (".parquet",))
+    files = listed(config.paths, config.validation_paths, (".parquet",), split=split)
     # Shards do not depend on their order, nor on filters beyond the columns that these read.
     columns = columns_of(config.filter)
     alone = replace(config, shuffle=True, filter=())
@@ -112,7 +116,7 @@ class ParquetShards:
     def __init__(self, config: ParquetConfig, listing: Listing, split: str, n_streams: int, columns: Sequence[str] | None = ()) -> None:
         self._files = listing.of(split, config.validation_fraction, self.name)
         self._listing = listing  # lives as long as its shards
-        self._column, self._columns = config.column, columns
+        self._text, self._columns = RowText(config.column, config.template), columns
         self.validation_fraction = 0.0 if len(listing.validation) else config.validation_fraction
         self.n_rows: int | None = None
         self._parts: list[_Part] | None = None
@@ -128,7 +132,7 @@ class ParquetShards:
                 self._parts, unit = [piece for part in groups for piece in _cut(part, max(1, n_rows // n_streams))], ("rows", n_streams)
             if not self.validation_fraction:
                 self.n_rows = n_rows
-        deciding = (config.column, config.max_bytes, config.block_rows, self.validation_fraction, split, unit)
+        deciding = (self._text.key, config.max_bytes, config.block_rows, self.validation_fraction, split, unit)
         self.fingerprint = f"parquet: {hashlib.sha256(repr((self._files.fingerprint(), deciding)).encode()).hexdigest()}"
 
     def __len__(self) -> int:
@@ -169,7 +173,7 @@ class ParquetShards:
     def _open(self, index: int) -> _File | Unreadable:
         source = self._files.open(index)
         try:
-            return _File(source, self._files.name(index), self._column, self._columns, lambda: self._files.check(index))
+            return _File(source, self._files.name(index), self._text, self._columns, lambda: self._files.check(index))
         except _Damaged as error:
             source.close()
             return Unreadable(1, str(error))
@@ -193,10 +197,10 @@ class _Damaged(Exception):
 class _File:
     """An open file."""
 
-    def __init__(self, source: Source, name: str, column: str, columns: Sequence[str] | None, check: Any) -> None:
+    def __init__(self, source: Source, name: str, text: RowText, columns: Sequence[str] | None, check: Any) -> None:
         from pyarrow.parquet import ParquetFile
 
-        self._source, self._name, self._column, self._check = source, name, column, check
+        self._source, self._name, self._text, self._columns, self._check = source, name, text, columns, check
         try:
             self._file = ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, memory_map=False, page_checksum_verification=True)
             schema = self._file.schema_arrow
@@ -204,7 +208,7 @@ class _File:
             self.n_groups = self._file.num_row_groups
         except (OSError, ValueError, NotImplementedError) as error:  # ArrowException's subclasses are one of these
             raise self._failure(error, "is no readable parquet file") from error
-        self._wanted = self._select(schema, columns)
+        self._wanted = self._select(schema)
 
     def __enter__(self) -> _File:
         return self
@@ -253,13 +257,11 @@ class _File:
         n_bytes = sum(metadata.column(leaf).total_uncompressed_size for leaf in leaves if self._wanted is None or self._leaves[leaf] in self._wanted)
         return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(1, metadata.num_rows) // max(1, n_bytes)))
 
-    def _decoded(self, batch: Any, place: str, first: int) -> tuple[list[str | None | Unreadable], dict[str, list[Any]]]:
-        others = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != self._column}
-        texts = batch.column(self._column)
-        try:
-            return texts.to_pylist(), others
-        except UnicodeDecodeError:
-            return [_text(texts[row], f"{place} {first + row}") for row in range(len(texts))], others
+    def _decoded(self, batch: Any, place: str, first: int) -> tuple[list[str | Unreadable | None], dict[str, list[Any]]]:
+        parts = {name: _texts(batch.column(name), name, place, first) for name in self._text.columns}
+        names = [name for name in batch.schema.names if name not in parts or (name != "text" and (self._columns is None or name in self._columns))]
+        others = {name: parts[name] if name in parts else batch.column(name).to_pylist() for name in names}
+        return self._text.of_columns(list(parts.values())), others
 
     def _failure(self, error: Exception, what: str) -> Exception:
         """What to say of an error while reading: of a file that went away or a failed read DataError, or else that the content is damaged."""
@@ -268,20 +270,21 @@ class _File:
         self._check()
         return _Damaged(f"{self._name}: {what} ({one_line(' '.join(str(error).split()))[:300]})")
 
-    def _select(self, schema: Any, columns: Sequence[str] | None) -> list[str] | None:
+    def _select(self, schema: Any) -> list[str] | None:
         """Names of the columns to read, None for all. Raises DataError when one is missing or the text is no text."""
-        there = schema.names
-        for name in (self._column, *(columns or ())):
-            if name not in there and (name == self._column or name not in _COMPUTED):
-                setting = "set dataset.column" if name == self._column else "a filter asks for it"
+        there, of_text = schema.names, self._text.columns
+        for name in (*of_text, *(self._columns or ())):
+            if name not in there and (name in of_text or name not in _COMPUTED):
+                setting = f"set {self._text.setting}" if name in of_text else "a filter asks for it"
                 listing = ", ".join(map(one_line, there[:20])) + (", …" if len(there) > 20 else "")
                 raise DataError(f"{self._name} has no column {name!r}{one_line(did_you_mean(name, there))} (columns: {listing or 'none'}); {setting}")
-        if there.count(self._column) > 1:
-            raise DataError(f"{self._name} has {there.count(self._column)} columns {self._column!r}; rename all but one")
-        kind = schema.field(self._column).type
-        if not _is_text(kind):
-            raise DataError(f"{self._name}: column {self._column!r} is of type {one_line(str(kind))}, not string; set dataset.column or convert the file")
-        return None if columns is None else list(dict.fromkeys([self._column, *(name for name in columns if name in there)]))
+        for name in of_text:
+            if there.count(name) > 1:
+                raise DataError(f"{self._name} has {there.count(name)} columns {name!r}; rename all but one")
+            kind = schema.field(name).type
+            if not _is_text(kind):
+                raise DataError(f"{self._name}: column {name!r} is of type {one_line(str(kind))}, not string; set {self._text.setting} or convert the file")
+        return None if self._columns is None else list(dict.fromkeys([*of_text, *(name for name in self._columns if name in there)]))
 
 
 def _release() -> None:
@@ -299,16 +302,25 @@ def _is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
 
 
-def _row(texts: list[str | None | Unreadable], others: Mapping[str, Sequence[Any]], row: int, place: str) -> dict[str, Any] | Unreadable:
-    text, texts[row] = texts[row], None
-    return text if isinstance(text, Unreadable) else {**{name: values[row] for name, values in others.items()}, "text": text, "place": place}
+def _row(texts: list[str | Unreadable | None], others: Mapping[str, Sequence[Any]], row: int, place: str) -> dict[str, Any] | Unreadable:
+    text = texts[row]
+    found = text if isinstance(text, Unreadable) else {**{name: values[row] for name, values in others.items()}, "text": text, "place": place}
+    texts[row] = None  # last: without a template the column is among the others too if a filter names it
+    return found
 
 
-def _text(scalar: Any, place: str) -> str | None | Unreadable:
+def _texts(column: Any, name: str, place: str, first: int) -> list[str | Unreadable | None]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_text(scalar, name, f"{place} {row}") for row, scalar in enumerate(column, first)]
+
+
+def _text(scalar: Any, name: str, place: str) -> str | Unreadable | None:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        return Unreadable(1, f"{place}: byte {error.start} of the text is not UTF-8 ({error.reason})")
+        return Unreadable(1, f"{place}: byte {error.start} of the text is not UTF-8 ({error.reason}) in column {name!r}")
 
 
 def _cut(part: _Part, n_rows: int) -> list[_Part]:

@@ -70,7 +70,7 @@ def text(
         if (url := next(filter(is_url, entries), None)) is not None:
             remedy = "download it first, or have it as jsonl or parquet, which are read from URLs"
             raise DataError(f"{key}: {one_line(shown(url))!r} is a URL, and text is read from local files only; {remedy}")
-    listing = listed(config.paths, config.validation_paths, ("",), _in_parts)
+    listing = listed(config.paths, config.validation_paths, ("",), _in_parts, split)
     # Rows depend on which files there are, not on their order or on filters.
     alone = replace(config, shuffle=True, filter=())
     rows = shared(("text", Path.cwd(), listing, alone, split), lambda: TextRows(alone, listing, split))
