@@ -278,6 +278,10 @@ def test_d14_a_set_holds_out_no_more_of_a_file_than_training_does(tiny: Path) ->
     assert "training leaves out 0 of" in none_left
     for trained, scored in ((0.3, 0.3), (0.3, 0.2)):
         assert found(corpus, trained, corpus, scored) == []
+    shares = ((0, "a"), (0.3, "b"), (0.3, "a"))
+    rows = [f'{{name="parquet",paths=["{corpus}"],validation_fraction={n},filter=[{{name="one_of",values=["{one}"]}}]}}' for n, one in shares]
+    told = [check(load(tiny, [f"--dataset={rows[0]}", f"--validation=[{{dataset={row}}}]"])).problems for row in rows[1:]]
+    assert [any("validation_fraction" in problem for problem in problems) for problems in told] == [False, True]
     other = tiny.parent / "folder" / "other.txt"
     other.write_text("\n\n".join(f"paragraph {number}" for number in range(100)), encoding="utf-8")
     assert found(other, 0.1, corpus, 0.3) == []
@@ -290,9 +294,12 @@ def test_files_of_the_standard_library_that_a_set_names_are_left_out_of_training
         return check(load(tiny, [dataset, f'--validation=[{{dataset={{name="python_stdlib",validation_files={scored}}}}}]'])).problems
 
     assert not found('["json/*", "this.py"]', '["this.py"]')
+    assert not found('["json/*"]', '["json/decoder.py"]')
     (problem,) = found('["json/*"]', '["json/*", "this.py"]')
     where = "validation.0.dataset.validation_files"
-    assert problem == f"{where}: 'this.py' is not in the training data's dataset.validation_files, so it is trained on; add it there"
+    assert problem == f"{where}: a file of it, such as 'this.py', would be trained on too; hold out as much in the training data's dataset.validation_files"
+    (problem,) = found('["json/*"]', "[]")  # by the hash of the path
+    assert "of its files, such as" in problem
 
 
 def test_spans_that_rows_do_not_fill_and_documents_that_they_hide_are_told(tiny: Path) -> None:

@@ -169,13 +169,24 @@ def test_all_mistakes_of_a_curriculum_at_once(tiny: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("given", "said"), [((), "gives nothing"), ((3,), r"gives \(3,\)")])
-def test_a_curriculum_of_something_else_is_its_authors_mistake(tiny: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[Any, ...], said: str) -> None:
+@pytest.mark.parametrize(("given", "said"), [((), "gives nothing"), ((3,), r"gives \(3,\)"), (Stage(start_step=0), r"gives \(Stage\(.*\),\)")])
+def test_a_curriculum_of_something_else_is_its_authors_mistake(tiny: Path, monkeypatch: pytest.MonkeyPatch, given: object, said: str) -> None:
     config = load(tiny, ["--curriculum=curriculum6", "--model.d_model=33"])
     monkeypatch.setattr(Component, "build", lambda entry, build=Component.build, **run: given if entry.kind == "curriculum" else build(entry, **run))
     first, *others = check(config).problems
-    assert re.match(rf"curriculum\.0: 'curriculum6' {said}, and a curriculum gives titanlm\.curricula\.stage\.Stage", first)
+    assert re.match(rf"curriculum\.0: 'curriculum6' {said}, and a curriculum gives a tuple of titanlm\.curricula\.stage\.Stage", first)
     assert any(problem.startswith("model.") for problem in others)
+
+
+def test_rows_that_divide_badly_are_told(tiny: Path) -> None:
+    prime = check(load(tiny, ["--curriculum=[{start_step=0,seq_len=32,batch=1021}]", "--train.micro_batch_tokens=16384"])).warnings
+    said = "curriculum.0.batch: 1,021 rows a step are cut into passes of 1, where 512 are allowed; take a number with more divisors"
+    assert said in prime
+    assert not [
+        warning
+        for warning in check(load(tiny, ["--curriculum=[{start_step=0,seq_len=32,batch=1024}]", "--train.micro_batch_tokens=16384"])).warnings
+        if "divisors" in warning
+    ]
 
 
 def test_rows_that_ranks_cannot_share(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def test_c19_the_best_checkpoint_survives_rotation_and_resume(tiny: Path, monkey
     tiny.write_text(text)
     run = train(tiny, "--train.steps=7", *settings)  # scored after 2, 4, 6 and at the end
     assert [step for step, _ in steps(run / "checkpoints")] == [4, 7]
-    assert json.loads((run / "best.json").read_text()) == {"metric": "validation/validation/loss", "value": 2.0, "step": 4}
+    assert json.loads((run / "best.json").read_text()).items() >= {"metric": "validation/validation/loss", "value": 2.0, "step": 4}.items()
     run = train(tiny, "--train.steps=9", *settings)
     assert [step for step, _ in steps(run / "checkpoints")] == [4, 9]
     capsys.readouterr()

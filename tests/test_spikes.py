@@ -130,3 +130,12 @@ def test_a_new_phase_is_judged_by_its_own_losses() -> None:
     again.restore(older)
     assert again.observe(9, 9.0, "b") is None
     assert again.state()["losses"] == [9.0, 9.0], "what an older checkpoint holds is of the phase it goes on in"
+
+
+def test_a_new_phase_keeps_where_to_go_back_to() -> None:
+    """Its losses are learned anew, and a run that is broken at once still has a healthy step behind it."""
+    detector = SpikeDetector(4.0, 8, 2)
+    for step in range(10):
+        assert detector.observe(step, 3.0, "a") is None
+    assert detector.observe(10, math.nan, "b") is None
+    assert detector.observe(11, math.nan, "b") == 9

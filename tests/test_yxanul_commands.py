@@ -45,7 +45,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pq.write_table(pa.table(sums), tmp_path / "validation" / "gsm8k_validation.parquet")
     functions = {"prompt": [f"def f{n}(x):\n" for n in range(20)], "canonical_solution": [f"    return x + {n}\n" for n in range(20)]}
     pq.write_table(pa.table({"task_id": [f"task/{n}" for n in range(20)], **functions}), tmp_path / "validation" / "humaneval_validation.parquet")
-    words = "the sun and the sea of a day by the way to an island of rain".split()
+    words = ["the", "sun", "and", "the", "sea", "of", "a", "day", "by", "the", "way", "to", "an", "island", "of", "rain"]
     texts = [f"Text {number}: " + " ".join(words[(number * k + k // 3) % 17 % len(words)] for k in range(20)) for number in range(400)]
     columns = {"text": texts, "source": ["web"] * 400, "num_tokens": [40] * 400}
     pq.write_table(pa.table(columns), tmp_path / "experimental-pretrain-1b" / "dataset_1b.parquet")

@@ -78,7 +78,7 @@ def document_bound(ids: np.ndarray) -> int:
     the same for batch after batch, with documents more or fewer. Room that is
     not needed costs kernels little.
     """
-    n_runs = len(ids) + np.count_nonzero(ids[:, 1:] != ids[:, :-1])
+    n_runs = len(ids) + max(1, int(np.count_nonzero(ids[:, 1:] != ids[:, :-1])))  # rows of a document each are not to be a shape of their own
     return 1 << (max(int(n_runs), ids.size // 512) - 1).bit_length()
 
 

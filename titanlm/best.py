@@ -20,6 +20,8 @@ class Best:
     metric: str
     value: float = math.inf
     step: int | None = None
+    of: str = ""
+    """What the metric is taken from: values of other sets or weights are not compared with these."""
 
     @classmethod
     def stored(cls, folder: Path) -> Best:
@@ -27,7 +29,7 @@ class Best:
         path = folder / "best.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            return cls(folder, str(stored["metric"]), float(stored["value"]), int(stored["step"]))
+            return cls(folder, str(stored["metric"]), float(stored["value"]), int(stored["step"]), str(stored.get("of", "")))
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -35,10 +37,14 @@ class Best:
         return cls(folder, "")
 
     @classmethod
-    def read(cls, folder: Path, metric: str) -> Best:
-        """What an earlier start of the run left, if it went by the same metric."""
+    def read(cls, folder: Path, metric: str, of: str = "") -> Best:
+        """What an earlier start of the run left, if it went by the same metric of the same."""
         stored = cls.stored(folder)
-        return stored if stored.metric == metric else cls(folder, metric)
+        if (stored.metric, stored.of) == (metric, of):
+            return stored
+        if metric and stored.metric == metric:
+            print(f"WARNING: step {stored.step} was best by {metric} of other validation sets or weights; the best is chosen anew", file=sys.stderr)
+        return cls(folder, metric, of=of)
 
     def beaten_by(self, metrics: Mapping[str, float]) -> bool:
         return bool(self.metric) and metrics.get(self.metric, math.nan) < self.value
@@ -53,4 +59,4 @@ class Best:
 
     def write(self) -> None:
         """To be read by the next start; its checkpoint is there already."""
-        write_atomic(self.folder / "best.json", json.dumps({"metric": self.metric, "value": self.value, "step": self.step}))
+        write_atomic(self.folder / "best.json", json.dumps({"metric": self.metric, "value": self.value, "step": self.step, "of": self.of}))

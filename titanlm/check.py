@@ -21,6 +21,7 @@ from titanlm.config import SUMMARY, RunConfig, Train, Validation
 from titanlm.course import horizon_of, legs_of, longest_row, schedules_of
 from titanlm.curriculum import curriculum_problems, curriculum_warnings, stage_rows, stages_from
 from titanlm.datasets.files import OfflineError, offline
+from titanlm.datasets.python_stdlib import files_of
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
 from titanlm.epochs import read_again
@@ -203,6 +204,8 @@ def clock_warnings(config: RunConfig) -> Iterator[str]:
             yield "train.priming_steps: 0, so compiling counts as training and slows the pace that schedules go by; 20 is usual"
         if "horizon" not in lookup("scheduler", name).runtime and name != "constant":
             yield f"scheduler: {name!r} goes by train.steps, which train.max_wallclock_s may end before; 'warmdown' goes by both"
+        if config.curriculum:
+            yield "curriculum: its stages go by steps, which train.max_wallclock_s may end before the last of them"
     average = config.averager
     if average is not None and average.name == "swa":
         last = train.steps // average.config.every * average.config.every
@@ -342,6 +345,8 @@ def _held_out_too_much(config: RunConfig, entry: Validation) -> Iterator[str]:
     own = set(_found(entry.dataset)) if fraction else set()
     for source in config.sources if own else ():
         left = getattr(source.dataset.config, "validation_fraction", fraction)
+        if _apart(source.dataset, entry.dataset):
+            continue
         theirs, mine = source.dataset.config, entry.dataset.config
         other = next((key for key in ("column", "template") if getattr(theirs, key, "") != getattr(mine, key, "")), None)
         trained = set(_found(source.dataset)) if left < fraction or other else set()
@@ -350,11 +355,18 @@ def _held_out_too_much(config: RunConfig, entry: Validation) -> Iterator[str]:
             yield f"validation_fraction: {fraction:g}, but training leaves out {left:g} of {shared} and reads the rest; leave out as much there"
         elif shared is not None:
             yield f"{other}: rows are held out by the hash of their text, and training makes other texts of {shared}; have the same there"
-    for source in config.sources:
-        if source.dataset.name == entry.dataset.name and (named := getattr(entry.dataset.config, "validation_files", ())):
-            left_out = source.dataset.config.validation_files
-            if trained_on := [pattern for pattern in named if pattern not in left_out]:
-                yield f"validation_files: {trained_on[0]!r} is not in the training data's dataset.validation_files, so it is trained on; add it there"
+    for source in config.sources if entry.dataset.name == "python_stdlib" else ():
+        if source.dataset.name == entry.dataset.name and (both := sorted(files_of(source.dataset.config)[0] & files_of(entry.dataset.config)[1])):
+            n = f"{len(both)} of its files" if len(both) > 1 else "a file of it"
+            yield f"validation_files: {n}, such as {both[0]!r}, would be trained on too; hold out as much in the training data's dataset.validation_files"
+
+
+def _apart(one: Component, other: Component) -> bool:
+    """Whether filters `one_of` let through no value of a column in both."""
+    chosen = [
+        {each.config.column: set(each.config.values) for each in getattr(dataset.config, "filter", ()) if each.name == "one_of"} for dataset in (one, other)
+    ]
+    return any(values.isdisjoint(chosen[1].get(column, values)) for column, values in chosen[0].items())
 
 
 def _found(dataset: Component) -> Iterator[str]:

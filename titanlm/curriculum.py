@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
 from titanlm.config import RunConfig, Train
 from titanlm.course import Leg, legs_of
@@ -14,9 +15,10 @@ from titanlm.registry import Component
 
 def stages_from(entry: Component) -> tuple[Stage, ...]:
     """What an item of a curriculum stands for. Raises ValueError when that is something else than stages, which an outside component may give."""
-    stages = tuple(entry.build())
-    if not stages or not all(isinstance(stage, Stage) for stage in stages):
-        raise ValueError(f"{entry.name!r} gives {stages or 'nothing'}, and a curriculum gives titanlm.curricula.stage.Stage, one or several")
+    made: Any = entry.build()
+    stages = tuple(made) if isinstance(made, Iterable) else (made,)
+    if isinstance(made, Stage) or not stages or not all(isinstance(stage, Stage) for stage in stages):
+        raise ValueError(f"{entry.name!r} gives {stages or 'nothing'}, and a curriculum gives a tuple of titanlm.curricula.stage.Stage")
     return stages
 
 
@@ -51,6 +53,10 @@ def curriculum_warnings(config: RunConfig) -> Iterator[str]:
     own = getattr(config.scheduler.config, "warmup_steps", 0)
     if stages[0].rewarmup_steps and own:
         yield f"{at[0]('rewarmup_steps')}multiplies the {own:,} steps of scheduler.warmup_steps, so rates begin with the product of both; leave out one"
+    for where, leg in zip(at, legs):
+        allowed, got = min(train.rows(leg.seq_len) or 1, leg.rows), leg.rows_of_pass(train, 1)
+        if 2 * got < allowed:
+            yield f"{where('batch')}{leg.rows:,} rows a step are cut into passes of {got:,}, where {allowed:,} are allowed; take a number with more divisors"
     passes = [leg.rows_of_pass(train, 1) * leg.seq_len for leg in legs]
     if train.micro_batch_tokens is None and 2 * min(passes) < max(passes):
         remedy = 'train.micro_batch_tokens, a number or "auto", makes them alike'

@@ -169,8 +169,7 @@ def _float8_problems(run_config: Any) -> Iterator[str]:
     import torch
 
     for index, entry in enumerate(getattr(run_config, "quantizer", ())):
-        needed = getattr(entry.config, "capability", None)
-        if needed is None or (found := torch.cuda.get_device_capability()) >= needed:
+        if entry.name != "float8" or (found := torch.cuda.get_device_capability()) >= (needed := entry.config.capability):
             continue
         remedy = "use 'tensorwise'" if found >= _FP8 else "leave the quantizer out (--quantizer=[])"
         what = f"{entry.config.recipe!r} needs a GPU of compute capability {needed[0]}.{needed[1]}"

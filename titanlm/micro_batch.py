@@ -86,21 +86,22 @@ class Probe:
         """
         last = {phase.shape: phase for _, phase in phases.stages}
         most = {shape.seq_len: phase for shape, phase in sorted(last.items())}
-        fitting = {seq_len: self._chosen(tuned, phase) for seq_len, phase in most.items()}
+        legal = {seq_len: sorted({n for shape in last if shape.seq_len == seq_len for n in divisors(shape.rows)}) for seq_len in most}
+        fitting = {seq_len: self._chosen(tuned, phase, legal[seq_len]) for seq_len, phase in most.items()}
         return {shape: largest_divisor(shape.rows, fitting[shape.seq_len]) for shape in last}
 
-    def _chosen(self, tuned: Tuned, phase: Phase) -> int:
-        """``phase`` is the last of its shape: switches such as rounded weights come on while a run goes on, and cost memory."""
+    def _chosen(self, tuned: Tuned, phase: Phase, legal: Sequence[int]) -> int:
+        """Out of ``legal`` numbers; ``phase`` is the last of its shape: switches such as rounded weights come on while a run goes on, and cost memory."""
         shape, conditions = phase.shape, self._conditions()
         key = f"micro-batch of rows of {shape.seq_len}"
         stored = tuned.get(key)
-        if _fits(stored, shape, conditions):
+        if _fits(stored, legal, conditions):
             return int(stored["rows"])
         if stored is not None:
             tuned.tell(f"{key}: chosen anew, because {_why(stored, shape, conditions)}")
         with self._untraced():
             enter(phase, self.model)
-            found = self._found(shape, tuned.tell)
+            found = self._found(shape, legal, tuned.tell)
         value: dict[str, Any] = tuned.keep(key, {**found, "for": conditions})
         return int(value["rows"])
 
@@ -119,7 +120,7 @@ class Probe:
             "to_come_bytes": self.to_come_bytes,
         }
 
-    def _found(self, shape: Shape, tell: Callable[[str], object]) -> dict[str, Any]:
+    def _found(self, shape: Shape, legal: Sequence[int], tell: Callable[[str], object]) -> dict[str, Any]:
         def trial(rows: int) -> int | None:
             tell(f"trying micro-batches of {rows} row{'s' * (rows > 1)} of {shape.seq_len}{', compiled first, which may take a minute' * self.compiled}")
             return self._trial(rows, shape.seq_len)
@@ -127,7 +128,7 @@ class Probe:
         # Of the rank that has least: all take the same number of rows.
         free = -self.peers.max(-free_bytes(self.device) // (self.peers.world.local_size if self.device.type == "cpu" else 1))
         budget = int(SHARE * free) - self.to_come_bytes
-        rows, needs = largest(divisors(shape.rows), trial, budget)
+        rows, needs = largest(legal, trial, budget)
         if rows is None:
             tried, need = min(needs.items())
             needed = "out of memory" if need is None else f"{(need + self.to_come_bytes) / GIB:.2f} GiB"
@@ -212,9 +213,9 @@ class Probe:
                 torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def _fits(stored: Any, shape: Shape, conditions: dict[str, Any]) -> bool:
+def _fits(stored: Any, legal: Sequence[int], conditions: dict[str, Any]) -> bool:
     rows = stored.get("rows") if isinstance(stored, dict) else None
-    return isinstance(rows, int) and rows > 0 and shape.rows % rows == 0 and stored.get("for") == conditions
+    return rows in legal and stored.get("for") == conditions
 
 
 def _why(stored: Any, shape: Shape, conditions: dict[str, Any]) -> str:

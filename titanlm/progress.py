@@ -74,7 +74,8 @@ class Phase:
         """What is other than in an earlier phase, for people."""
         pairs = [({**vars(phase), **dict(phase.switches)}) for phase in (self, before)]
         now, then = ({name: value for name, value in pair.items() if name not in ("switches", "start_step")} for pair in pairs)
-        return ", ".join(f"{name} {value}" for name, value in now.items() if then.get(name) != value)
+        again = {"rewarmup_steps"} if self.start_step != before.start_step and self.rewarmup_steps else set()
+        return ", ".join(f"{name} {value}" for name, value in now.items() if then.get(name) != value or name in again)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 from titanlm.check import build_model, parallel_problems
 from titanlm.config import RunConfig
 from titanlm.course import horizon_of, legs_of, phases_of
-from titanlm.curriculum import curriculum_problems, stage_rows
+from titanlm.curriculum import curriculum_problems, stage_rows, stages_from
 from titanlm.datasets.files import offline
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
@@ -42,6 +42,7 @@ from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB, PEAK_FLOPS, memory_of, peak_flops_of
 from titanlm.pass_memory import pass_bytes
 from titanlm.precision import DTYPES
+from titanlm.progress import enter
 from titanlm.recipe import ScaledRecipe
 from titanlm.registry import did_you_mean
 from titanlm.state_bytes import optimizer_bytes
@@ -201,6 +202,8 @@ def plan(scaled: ScaledRecipe, *, n_devices: int = 1, device_name: str | None = 
             config = configs[stage.name]
             wrong = list(parallel_problems(config, world)) if n_devices > 1 else []
             try:
+                for entry in config.curriculum:
+                    stages_from(entry)
                 wrong += curriculum_problems(config) if config.curriculum else ()
                 if alike := next((name for name, other in trainings.items() if _alike(config, other.config)), None):
                     trainings[stage.name] = trainings[alike]
@@ -305,6 +308,7 @@ def _room(layout: Layout, held: dict[str, int], device_name: str | None) -> Iter
     if primed:
         yield "priming", f"{primed / GIB:.3f} GiB for a while, one more copy of weights, moments and average"
     rows, seq_len = layout.phases.largest_pass(True)
+    enter(layout.phases.stages[-1][1], layout.model)  # weights that are rounded late cost memory
     try:
         taken = None if layout.accumulation is None else pass_bytes(layout.config, layout.model, rows, seq_len)
     except (RuntimeError, ImportError) as error:

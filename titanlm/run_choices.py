@@ -55,7 +55,8 @@ def begin_quantizers(config: RunConfig, model: Any, n_tokens: int, *, device: to
         notes += [] if begin is None else begin(model, names, device=device, compiled=compiled, tuned=tuned, **facts)
         if getattr(entry.build(), "of_products", False):
             seq_len = longest_row(config)
-            notes.append(f"{entry.name}: {share_computed_with(model, names, seq_len)} in rows of {seq_len:,}")
+            share = share_computed_with(model, names, seq_len, getattr(entry.config, "n_products", 3))
+            notes.append(f"{entry.name}: {share} in rows of {seq_len:,}")
     return notes
 
 

@@ -44,7 +44,9 @@ class SpikeDetector:
             return None
         if phase != self._phase:
             if self._phase is not None:
+                healthy = self._healthy_step  # still where to go back to
                 self.reset()
+                self._healthy_step = healthy
             self._phase = phase
         if not self._is_spike(loss):
             self._losses.append(loss)

@@ -14,6 +14,7 @@ Launch: ``titanlm train FILE`` or ``torchrun --nproc-per-node=N -m titanlm.train
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import sys
 import time
@@ -163,10 +164,9 @@ class Trainer:
         )
         opened.callback(self.loader.close)
 
-        # What is slow from here on is told as it begins. A start that is refused up to here has touched no log.
+        # What is slow from here on is told as it begins. Loggers start last: a start that is refused leaves what they have written as it was.
         if earlier is not None:
             require_same_data(self.fingerprints, earlier.state["fingerprints"], earlier.folder)
-        self.peers.first(lambda: self.loggers.start(0 if earlier is None else earlier.step))
         shared = f" on {self.world.size} ranks ({parallel.strategy})" if parallel.strategy != "none" else ""
         documents = ", ".join(report.data) or "not counted"
         self.loggers.message(f"{self.n_parameters:,} parameters, {train.precision} on {self.device}{shared}; documents: {documents}")
@@ -237,7 +237,8 @@ class Trainer:
         self.meter = StepMeter(model.flops_per_token(self.phases.max_seq_len), peak and peak * self.world.size, self.device)
         self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
         # As rank 0 reads them: a file system may show the others an older file, and all must come to the same decisions.
-        self.best = Best.read(self.folder.path, config.checkpoint.best)
+        scored = [replace(entry, every=None, micro_batch=None) for entry in config.validation]  # what has no part in a score
+        self.best = Best.read(self.folder.path, config.checkpoint.best, hashlib.sha256(repr(scored).encode()).hexdigest())
         self.scored, value, step = self.peers.gather([read_scored(self.folder.path / SCORED), self.best.value, self.best.step])[0]
         self.best = replace(self.best, value=value, step=step)
         self.saver = Saver(self.checkpoints, peers=self.peers.apart())
@@ -261,6 +262,7 @@ class Trainer:
         self._complete()
         self._forget_later()
         self.started_at = self.progress.step
+        self.peers.first(lambda: self.loggers.start(self.progress.step))
         for note in room_for_checkpoints(config.checkpoint.keep_last, report.checkpoint_bytes, self.checkpoints):
             self.loggers.message(note)
 
@@ -537,7 +539,8 @@ class Trainer:
             self.unreadable = totals["unreadable"]
             where = f"`titanlm data state {self.folder.path}` names the first of them after the next checkpoint"
             self.loggers.message(f"WARNING: {self.unreadable:,} rows of the data could not be read and were passed over so far; {where}")
-        began = self.spikes.observe(self.progress.step, loss, repr(self.phase))
+        assert self.phase is not None
+        began = self.spikes.observe(self.progress.step, loss, repr(replace(self.phase, micro_batch=self.phase.rows_per_rank, accumulation=1)))
         if began is not None:
             self._roll_back(began)
         return began is not None
@@ -721,7 +724,7 @@ class Trainer:
             self.peers.first(lambda: write_atomic(self.folder.path / SCORED, json.dumps(scored)))
         if self.best.step is not None and self.best.step > self.progress.step:
             self.peers.first(self.best.forget)
-            self.best = Best(self.best.folder, self.best.metric)
+            self.best = Best(self.best.folder, self.best.metric, of=self.best.of)
 
     def _roll_back(self, began: int) -> None:
         """Back to the newest checkpoint up to step ``began``; the data goes on from here, so what made the loss jump is passed over.

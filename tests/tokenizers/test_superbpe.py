@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import re
+import shutil
 import sys
 import unicodedata
 from collections import Counter
@@ -20,6 +21,7 @@ from titanlm.errors import ConfigError, DataError
 from titanlm.registry import Component
 from titanlm.tokenizers.byte_level import BYTE_OF, IN_UTF8, bytes_of
 from titanlm.tokenizers.fingerprint import PROBES, difference
+from titanlm.tokenizers.opening import open_tokenizer
 from titanlm.tokenizers.rebuild import rebuild
 from titanlm.tokenizers.superbpe_training import train_superbpe
 from titanlm.tokenizers.superwords import BREAK, PairMerger
@@ -296,9 +298,35 @@ def test_files_that_are_damaged_or_do_not_belong_together(tmp_path, name, conten
 def test_a_vocabulary_without_superwords_must_be_cut_at_words(tmp_path):
     folder = save(tmp_path / "plain", [" a", "\u00a0 \u00a0"], [(" ", "a"), ("\u00a0", " "), ("\u00a0 ", "\u00a0")][:1], None)
     (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate([*NAME.values(), "Ġa"])}), encoding="utf-8")
-    with pytest.raises(DataError, match='no token stands for more than one word; it was learnt from text that was cut at words; set tokenizer.cut = "words"'):
+    with pytest.raises(DataError, match='no token stands for more than one word; if titanlm learnt it within words, set tokenizer.cut = "words"; GPT-2'):
         load(folder)
     assert load(folder, cut="words").encode("b a").tolist() == [NAME_ID("b"), 256]
+
+
+def test_text_without_spaces_has_superwords_too(tmp_path):
+    """What crosses is told by punctuation where there are no spaces."""
+    text = "雨の日は家にいる。晴れの日は外に出る。" * 50
+    train_superbpe(lambda: [text], tmp_path, 297, 290)
+    tokenizer = load(tmp_path)
+    assert any("る。晴" in (piece or b"").decode("utf-8", errors="ignore") for piece in tokenizer.pieces())
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def test_no_trained_superword_goes_past_the_end_of_a_line(tmp_path):
+    lines = ["if a:\n    return b\nelse:\n    return c\n" * 3] * 40
+    train_superbpe(lambda: lines, tmp_path, 280, 270)
+    names = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    merged = [bytes_of(name) for name, i in names.items() if i >= 270]
+    assert merged
+    assert not [token for token in merged if b"\n" in token[:-1]]
+
+
+def test_a_folder_with_a_tokenizer_of_its_own_is_not_taken_for_one(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "gpt2")
+    assert open_tokenizer(str(other))[0].startswith("superbpe")
+    (other / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="a tokenizer is a file, NAME:FILE"):
+        open_tokenizer(str(other))
 
 
 def NAME_ID(name: str) -> int:

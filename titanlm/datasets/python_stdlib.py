@@ -118,6 +118,13 @@ class SourceFiles:
         return {"text": _cut(text, self._config.max_bytes_per_file), "place": path}
 
 
+def files_of(config: PythonStdlibConfig) -> tuple[set[str], set[str]]:
+    """Relative paths of the files that are trained on, and of those held out."""
+    found = set(_sources(Path(sysconfig.get_path("stdlib")))[: config.max_files])
+    held = {path for path in found if _held_out(path, config)}
+    return found - held, held
+
+
 def _held_out(path: str, config: PythonStdlibConfig) -> bool:
     if config.validation_files:
         return any(fnmatchcase(path, pattern) for pattern in config.validation_files)

@@ -50,6 +50,8 @@ class Golf:
     def __init__(self, config: GolfConfig, *, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
         self._file: TextIO | None = None
+        self._early: list[str] = []
+        """Messages from before the log is open."""
         self._time_ms = 0.0
         self._peak_mib = {"memory_gib": 0.0, "reserved_gib": 0.0}
         self._first_set = ""
@@ -73,13 +75,13 @@ class Golf:
                 # What comes next may be a validation, which does not say how long training took.
                 self._time_ms = float(next(reversed(_TIME.findall(kept)), 0))
             self._file = open(path, "a" if known else "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            if known:
-                self._line(f"resumed at step {step}")
-                return
-            if self.config.source:
+            if not known and self.config.source:
                 self._file.write(f"{_source(self.config.source)}\n{RULE}\n")
-            for line in [*machine(environment), RULE, *settings(tables, environment)]:
+            for line in [f"resumed at step {step}"] if known else [*machine(environment), RULE, *settings(tables, environment)]:
                 self._line(line)
+            for text in self._early:
+                self.message(text)
+            self._early.clear()
         except OSError as error:
             raise TitanError(f"{error.filename}: {error.strerror}; make it readable and {self.run_dir} writable, or remove the logger 'golf'") from error
 
@@ -105,7 +107,9 @@ class Golf:
             self._line(f"peak memory allocated: {allocated:.0f} MiB" + f" reserved: {reserved:.0f} MiB" * bool(reserved))
 
     def message(self, text: str) -> None:
-        if self._file is not None:
+        if self._file is None:
+            self._early.append(text)
+        else:
             self._line(printable(text))
 
     def close(self) -> None:
@@ -140,14 +144,14 @@ def machine(environment: Mapping[str, Any]) -> Iterator[str]:
 
 def settings(tables: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[str]:
     """What the challenge's logs say of the run before its first step, out of a resolved config and a run's environment.json."""
-    train, model = tables["train"], tables.get("model", {})
+    train, model, stages = tables["train"], tables.get("model", {}), tables.get("curriculum")
     if "n_parameters" in environment:
         yield f"model_params:{environment['n_parameters']}"
     if "world_size" in environment:
         n = environment["world_size"]
         tokens = train.get("micro_batch_tokens")
         rows = train.get("micro_batch") or (tokens // train["seq_len"] if isinstance(tokens, int) else 0)  # 0: a probe has yet to say
-        yield f"world_size:{n}" + (f" grad_accum_steps:{train['global_batch'] // (rows * n)}" if rows else "")
+        yield f"world_size:{n}" + (f" grad_accum_steps:{train['global_batch'] // (rows * n)}" if rows and not stages else "")
     if {"n_heads", "n_kv_heads"} <= model.keys():
         n, n_kv = model["n_heads"], model["n_kv_heads"]
         yield f"attention_mode:{'mha' if n == n_kv else 'gqa'} num_heads:{n} num_kv_heads:{n_kv}"
@@ -155,9 +159,8 @@ def settings(tables: Mapping[str, Any], environment: Mapping[str, Any]) -> Itera
     said = " ".join(f"{_RATES[role]}:{rate}" for role, rate in rates.items() if rate is not None)
     if said:
         yield f"tie_embeddings:{model['tie_embeddings']} {said}" if "tie_embeddings" in model else said
-    yield f"train_batch_tokens:{train['global_batch'] * train['seq_len']} train_seq_len:{train['seq_len']} iterations:{train['steps']} " + (
-        f"warmup_steps:{train['priming_steps']} max_wallclock_seconds:{train.get('max_wallclock_s', 0):.3f}"
-    )
+    shape = "" if stages else f"train_batch_tokens:{train['global_batch'] * train['seq_len']} train_seq_len:{train['seq_len']} "
+    yield f"{shape}iterations:{train['steps']} warmup_steps:{train['priming_steps']} max_wallclock_seconds:{train.get('max_wallclock_s', 0):.3f}"
     yield f"seed:{train['seed']}"
 
 

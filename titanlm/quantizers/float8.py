@@ -78,6 +78,11 @@ class Float8Config:
         """Which a GPU needs."""
         return CAPABILITY[self.recipe]
 
+    @property
+    def n_products(self) -> int:
+        """How many of a matrix's three, forward and backward, are in FP8."""
+        return 2 if self.recipe == "rowwise_with_gw_hp" else 3
+
 
 class Shape(NamedTuple):
     """Of a product; equal ones are decided on together."""

@@ -49,6 +49,7 @@ WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "titanlm.datasets.files._remote": ("*", lambda value: "://" in str(value)),
     "titanlm.datasets.files.filesystem_of": ("*", lambda value: "://" in str(value)),
     "titanlm.datasets.mixture.Mixture": ("data.source*", lambda source: source != []),
+    "titanlm.datasets.python_stdlib": ("*", lambda value: value == "python_stdlib"),
     "titanlm.datasets.shard_sequence.tokens_of": ("curriculum*", lambda stages: stages != []),
     "titanlm.distributed.activation_checkpointing._checkpointed": ("train.activation_checkpointing", lambda mode: mode != "none"),
     "titanlm.distributed.activation_checkpointing._policy": ("train.activation_checkpointing", lambda mode: mode == "selective"),

@@ -90,7 +90,7 @@ class HuggingFaceTokenizer:
             raise DataError(f"{where}: ids must be 0 to {MAX_ID}, each for one token; the largest is {self.vocab_size - 1}")
         self._special = {token["id"] for token in added.values() if token["special"]}
         self._count(added)
-        self._require_superwords(where)
+        self._require_superwords(where, {token["id"] for token in added.values()})
         self._reachable = [i for i in sorted(self._special) if i != self._unknown and self._finds(i)]
         self.lossless = self._byte_level and _keeps_text(definition, self._pieces) and all(round_trips(self, probe) for probe in PROBES)
         self.fingerprint = fingerprint("huggingface", self)
@@ -131,9 +131,10 @@ class HuggingFaceTokenizer:
         self._pieces = pieces
         self._counts = ByteCounts(np.array([len(piece or b"") for piece in pieces], dtype=np.int32), space, outside)
 
-    def _require_superwords(self, where: str) -> None:
+    def _require_superwords(self, where: str, added: set[int]) -> None:
         """A vocabulary learnt across spaces is worth little when text is cut at words: refuse what was only saved with the wrong class."""
-        superwords = [piece for piece in self._pieces if piece and n_words(piece) > 1] if self._byte_level else []
+        pieces = enumerate(self._pieces) if self._byte_level else ()
+        superwords = [piece for i, piece in pieces if piece and i not in added and n_words(piece) > 1]  # added ones are found before any cut
         if len(superwords) * 100 < self.vocab_size:
             return
         texts = [piece.decode("utf-8", errors="ignore") for piece in superwords[:_SUPERWORDS_TRIED]]

@@ -9,6 +9,7 @@ from typing import Any
 from titanlm.errors import DataError, TitanError
 from titanlm.registry import Component, Tokenizer, known
 from titanlm.tokenizers.files import recognise
+from titanlm.tokenizers.huggingface import TOKENIZER_FILE
 from titanlm.tokenizers.vocab_merges import MERGES_FILE, VOCAB_FILE
 
 
@@ -43,7 +44,7 @@ def open_tokenizer(word: str) -> tuple[str, Tokenizer]:
 
 
 def _only_type(path: str) -> str:
-    if all((Path(path) / name).is_file() for name in (VOCAB_FILE, MERGES_FILE)):
+    if all((Path(path) / name).is_file() for name in (VOCAB_FILE, MERGES_FILE)) and not (Path(path) / TOKENIZER_FILE).exists():
         return "superbpe"
     try:
         names = recognise(Path(path).read_bytes())

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +37,7 @@ Cut = Literal["digits", "words"]
 _DIGITS = r"(?=(\d{3})+(?!\d))"
 EXPRESSIONS: dict[Cut, str] = {"digits": _DIGITS, "words": rf"{_DIGITS}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"}
 """Where text is cut, after numbers were set apart: before every three digits that end a number, and at words."""
-_NUMBER_PART = 300
+_NUMBER_PART = 30
 _LONG_NUMBER = re.compile(rf"\d{{{_NUMBER_PART},}}")
 
 
@@ -87,9 +89,10 @@ class SuperBpeTokenizer:
         self._pieces = pieces_with(tokens, config.special_tokens)
         self._bytes = np.array([len(piece or b"") for piece in self._pieces], dtype=np.int32)
         self._superwords = sum(n_words(piece) > 1 for piece in tokens.values())
-        if config.cut == "digits" and not self._superwords:
-            remedy = 'it was learnt from text that was cut at words; set tokenizer.cut = "words"'
-            raise DataError(f"{where}: no token stands for more than one word; {remedy}")
+        if config.cut == "digits" and not self._superwords and not any(map(_crosses, tokens.values())):
+            ours = 'if titanlm learnt it within words, set tokenizer.cut = "words"'
+            others = "GPT-2's and others' are cut in ways of their own, and their tokenizer.json is read by name = \"huggingface\""
+            raise DataError(f"{where}: no token stands for more than one word; {ours}; {others}")
         self.vocab_size = len(self._pieces)
         self.bos_id, self.eos_id, self.pad_id = (None if name is None else config.special_tokens[name] for name in (config.bos, config.eos, config.pad))
         with rust_errors(f"{where} cannot be read by the package `tokenizers`"):
@@ -131,6 +134,12 @@ class SuperBpeTokenizer:
         """What a user should know about the vocabulary, a sentence each."""
         cut = self._superwords and self.config.cut == "words"
         return [f"text is cut at words, so none of {self._superwords:,} superwords is used"] if cut else []
+
+
+def _crosses(piece: bytes) -> bool:
+    """Whether a letter is followed by punctuation or space, which no cut at words leaves together; in scripts without spaces that is what tells."""
+    text = piece.decode("utf-8", errors="ignore")
+    return any(a.isalpha() and b not in "'’" and unicodedata.category(b)[0] in "PSZ" for a, b in pairwise(text))
 
 
 def backend(ids: dict[str, int], merges: list[tuple[str, str]], cut: Cut) -> Any:

@@ -111,8 +111,11 @@ def _across_words(read: _Reading, names: list[str], merges: list[tuple[str, str]
     tokens = [bytes_of(name) for name in names]
     merger = PairMerger(_encoded(read, names, merges, tokens), tokens, MIN_FREQUENCY)
     with tqdm(total=n_tokens, initial=len(names), unit=" tokens", desc="second stage", leave=False, disable=None) as bar:
-        for left, right in merger.learn(n_tokens, lambda token: b": " not in token and n_words(token) <= max_words):
-            merges.append((names[left], names[right]))
+        done = set(merges)  # a pair may come up again after another made its token too
+        for left, right in merger.learn(n_tokens, lambda token: b": " not in token and b"\n" not in token[:-1] and n_words(token) <= max_words):
+            if (pair := (names[left], names[right])) not in done:
+                done.add(pair)
+                merges.append(pair)
             if len(tokens) > len(names):
                 names.append(names[left] + names[right])
                 bar.update()
@@ -123,7 +126,7 @@ def _across_words(read: _Reading, names: list[str], merges: list[tuple[str, str]
 def _encoded(read: _Reading, names: Sequence[str], merges: Sequence[tuple[str, str]], tokens: Sequence[bytes]) -> np.ndarray:
     """All texts in tokens of the first stage, BREAK around each, at cuts and after line ends: (n,) int32."""
     learnt = backend({name: i for i, name in enumerate(names)}, list(merges), "digits")
-    ends_line = np.array([token.endswith(b"\n") for token in tokens])
+    ends_line = np.array([b"\n" in token for token in tokens])
     found = [np.array([BREAK], dtype=np.int32)]
     for batch in _batches(read("second stage")):
         for encoding in learnt.encode_batch(batch, add_special_tokens=False):

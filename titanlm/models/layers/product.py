@@ -97,13 +97,16 @@ class Share(NamedTuple):
         return f"{self.n_matrices} matrices, {self.parameters:.2%} of the parameters and {self.flops:.2%} of the FLOPs of a token"
 
 
-def share_computed_with(model: Any, params: Sequence[str], seq_len: int) -> Share:
-    """What :func:`compute_with` has set for the named parameters; a tied one counts once, its FLOPs at every use."""
+def share_computed_with(model: Any, params: Sequence[str], seq_len: int, n_products: int = 3) -> Share:
+    """What :func:`compute_with` has set for the named parameters; a tied one counts once, its FLOPs at every use.
+
+    ``n_products`` of the three are computed so, forward and backward.
+    """
     names, sizes, flops = set(params), dict[str, int](), 0
     of = {parameter: name for name, parameter in model.named_parameters() if name in names}
     for module in model.modules():
         for own, parameter in module.named_parameters(recurse=False):
             if parameter in of and own in getattr(module, "products", {}):
                 sizes[of[parameter]] = parameter.numel()
-                flops += 6 * parameter.numel()
+                flops += 2 * n_products * parameter.numel()
     return Share(len(sizes), sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters()), flops / model.flops_per_token(seq_len))
