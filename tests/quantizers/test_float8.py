@@ -528,7 +528,8 @@ def test_mistakes_are_found_before_a_device_is_touched(tiny: Path) -> None:
     fp32 = check(load(tiny, [IN_FP8 % "tensorwise"]))
     assert [problem.partition(":")[0] for problem in fp32.problems] == ["train.precision"]
     assert "'float8'" in fp32.problems[0]
-    assert any(warning.startswith("train.compile: 'none'") for warning in fp32.warnings)
+    on_gpu = check(load(tiny, [IN_FP8 % "tensorwise", "--train.device=cuda"]))
+    assert [any(warning.startswith("train.compile: 'none'") for warning in report.warnings) for report in (fp32, on_gpu)] == [False, True]
     norms = check(load(tiny, [BF16, '--quantizer=[{name="float8",params=["*"]}]'])).problems
     assert norms
     assert all("norm" in problem and "leave it out of the quantizer's `params`" in problem for problem in norms)
