@@ -300,7 +300,9 @@ def whole_bytes(config: RunConfig, n_devices: int) -> int:
     layout = Layout(config, model, World(size=n_devices, local_size=n_devices))
     rows = config.train.rows(config.train.seq_len)
     assert rows is not None
-    return sum(layout.memory().device.values()) + pass_bytes(config, model, rows, config.train.seq_len)
+    held = layout.memory().device
+    primed = sum(held[name] for name in ("weights", "moments")) if config.train.priming_steps else 0
+    return sum(held.values()) + primed + pass_bytes(config, model, rows, config.train.seq_len)
 
 
 @pytest.mark.parametrize(("name", "device", "n_devices"), MACHINES)

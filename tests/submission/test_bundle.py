@@ -149,6 +149,7 @@ def test_embedded_config_is_the_config(path):
     assert len(tomli_w.dumps(_lean(config))) < 0.8 * len(dump(config))
 
 
+@pytest.mark.slow
 def test_same_text_every_time(pr369):
     assert bundle(golf("pr369")).content == pr369["compressed"].content
 
@@ -190,6 +191,7 @@ def test_files_of_all_configs_start(path, tmp_path):
     assert done.stderr.startswith("arguments: 'nonsense' means nothing here")
 
 
+@pytest.mark.slow
 def test_every_component_can_be_in_one_file():
     """Nothing in titanlm is of the kind that cannot be followed; one file of all, without what no config leaves out."""
     found = module.Reached({})
