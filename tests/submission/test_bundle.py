@@ -26,6 +26,7 @@ from titanlm.submission.joined import joined
 from titanlm.submission.reached import LEFT_OUT, UNSAID, WHERE_USED
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(ROOT.glob("train_configs/**/*.toml"))
 MAX_COMPRESSED_BYTES = 90_000
 """Of train_gpt.py; 0.6 % of what a submission may have."""
 
@@ -182,9 +183,9 @@ def test_outside_components_and_settings_of_left_out_modules_are_refused(tiny, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/**/*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if not re.match("[ah]100|rtx", path.stem)], ids=lambda path: path.stem)
 def test_files_of_all_configs_start(path, tmp_path):
-    """As far as a word that means nothing: everything is imported, and the config is read."""
+    """As far as a word that means nothing: everything is imported, and the config is read. Yxanul's machines change numbers alone."""
     (tmp_path / "train_gpt.py").write_bytes(bundle(_submitted(load(path))).content)
     done = subprocess.run([sys.executable, "-I", "train_gpt.py", "nonsense"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

@@ -49,7 +49,7 @@ quantizer = "int6"
 n_streams = 8
 document_mask = false
 [export]
-max_bytes = 700_000
+max_bytes = 750_000
 [[validation]]
 name = "plain"
 packer = { name = "sliding", drop_tail = true }

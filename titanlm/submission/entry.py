@@ -109,7 +109,10 @@ def held_out(config: RunConfig) -> RunConfig:
     """The config without its training files where validation has files of its own: a score is taken where there are no others."""
 
     def cut(dataset: Component) -> Component:
-        return replace(dataset, config=replace(dataset.config, paths=())) if getattr(dataset.config, "validation_paths", ()) else dataset
+        if not (own := getattr(dataset.config, "validation_paths", ())):
+            return dataset
+        shards = dataset.name.startswith("token_")  # which do without paths; the others want some, and may be given these
+        return replace(dataset, config=replace(dataset.config, paths=() if shards else own))
 
     return replace(
         config,
