@@ -85,8 +85,8 @@ def pass_bytes(config: RunConfig, model: Any, rows: int, seq_len: int) -> int:
     """Most bytes that an uncompiled micro-batch of so many rows and positions a row holds beside weights, moments and the gradients of earlier ones.
 
     ``model`` is on the meta device and not to be used for anything but its
-    parameters afterwards. Raises RuntimeError (NotImplementedError is one) when
-    it computes something that needs numbers, ImportError for FP8 without torchao.
+    parameters afterwards. Raises RuntimeError when it computes something that
+    needs numbers, ImportError for FP8 without torchao.
     """
     module = TrainModule(model, config.loss.build()).train()
     set_precision(module, config.train.precision)

@@ -10,7 +10,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from titanlm import cli
 from titanlm.errors import DataError
 from titanlm.registry import Component
 from titanlm.tokenizers.corpus import documents
@@ -34,16 +33,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys):
+def run(folder, monkeypatch, command):
     monkeypatch.chdir(folder)
-
-    def run(*words: str, status: int = 0) -> str:
-        found = cli.main(["tokenizer", *words])
-        out, err = capsys.readouterr()
-        assert found == status, err
-        return err if status else out
-
-    return run
+    return command
 
 
 # ---------------------------------------------------------------- inspect

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tokenizers
 
-from titanlm import cli
 from titanlm.config import loads
 from titanlm.errors import ConfigError, DataError
 from titanlm.registry import Component
@@ -482,17 +481,10 @@ def test_trainings_that_cannot_be(tmp_path, changes, text):
 
 # ---------------------------------------------------------------- commands
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pages.txt").write_bytes("\n".join(CORPUS[:10]).encode())
-
-    def run(*words: str, status: int = 0) -> str:
-        found = cli.main(["tokenizer", *words])
-        out, err = capsys.readouterr()
-        assert found == status, err
-        return err if status else out
-
-    return run
+    return command
 
 
 def test_train_inspect_and_compare_as_typed(run, tmp_path):
