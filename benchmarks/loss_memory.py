@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, chunk_tokens: int) -> dict[str, float]:
 
     def chunked(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = CrossEntropy(CrossEntropyConfig(chunk_tokens=chunk_tokens))
-        return loss_sums(hidden, labels, head, loss, compile_kernels=options.compile).loss / labels.numel()
+        return loss_sums(hidden, labels, head, loss, compile_kernels=options.compile, fuses=options.compile).loss / labels.numel()
 
     compute = chunked if chunk_tokens else torch.compile(plain) if options.compile else plain
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--chunks", type=int, nargs="+", help="values of chunk_tokens; default: quarters of the tokens, down to 256")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="fuse the passes over the logits")
+    parser.add_argument("--compile", action="store_true", help="compile the passes over the logits; on CUDA in bf16, take titanlm's kernels")
     parser.add_argument("--variant", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant is not None:

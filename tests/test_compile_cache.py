@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,7 @@ def test_the_header_says_what_made_it(tmp_path: Path, torch_cache: list[bytes]) 
     assert said["made_by"] == made_by(CPU)
     assert said["made_by"]["torch"] == torch.__version__
     assert said["n_bytes"] == len(CONTENT)
+    assert said["files"] == {}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,33 @@ def test_a_file_that_torch_cannot_read_or_the_system(tmp_path: Path, torch_cache
     gone = CompileCache(tmp_path / "gone", CPU)
     compile_something()
     assert str(gone.write()).endswith("not written: No such file or directory; the next start compiles again")
+
+
+def test_kernels_of_flash_attention_4_come_along(tmp_path: Path, torch_cache: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in use, out of the package's folder and into that of another machine, whose own stay."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(one))
+    for name, code in {"v1/fwd/a.o": b"forward", "v1/bwd/b.o": b"backward", "v1/bwd/unused.o": b"of another run"}.items():
+        (one / name).parent.mkdir(parents=True, exist_ok=True)
+        (one / name).write_bytes(code)
+    interface = ModuleType("flash_attn.cute.interface")
+    for name, keys in (("fwd", ["a"]), ("bwd", ["b", "in memory alone"])):
+        cache = SimpleNamespace(cache=dict.fromkeys(keys), cache_path=one / "v1" / name, _key_to_hash=str)
+        setattr(interface, name, SimpleNamespace(compile_cache=cache))
+    interface.uncached = SimpleNamespace(compile_cache={})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    assert CompileCache(tmp_path, CPU).write() is not None
+
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(other))
+    (other / "v1/bwd").mkdir(parents=True)
+    (other / "v1/bwd/b.o").write_bytes(b"mine")
+    assert str(CompileCache(tmp_path, CPU).load()).startswith("compiled before")
+    assert torch_cache == [CONTENT]
+    assert {path.name: path.read_bytes() for path in other.rglob("*.*")} == {"a.o": b"forward", "b.o": b"mine"}
+    (other / "v1/fwd/a.o").unlink()
+    (other / "v1/fwd").rmdir()
+    (other / "v1/fwd").write_text("in the way")
+    assert str(CompileCache(tmp_path, CPU).load()).endswith("fwd: File exists; what it holds is compiled anew")
 
 
 def test_a_named_file_must_be_there(tiny: Path, tmp_path: Path) -> None:

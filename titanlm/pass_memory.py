@@ -3,7 +3,8 @@
 Every operator's results are counted as long as somebody holds them, so what
 autograd keeps, what operators of the model hand on for a while and the chunks
 of the loss are all in the peak, at the places where they meet. What an operator
-uses inside itself is not, nor is what the allocator loses between its blocks.
+uses inside itself is not, but for the loss's logsumexp, where logits are large;
+nor is what the allocator loses between its blocks.
 
 The pass is uncompiled, and compiled ones hold less: the compiler fuses what is
 handed on, and recomputes cheap parts of what is kept. So the peak is an upper
@@ -54,6 +55,8 @@ class Held(TorchDispatchMode):
         if any(map(is_traceable_wrapper_subclass, operands)):
             return NotImplemented  # what is inside, such as a scale and bytes of FP8, comes by next
         results = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten.logsumexp.default:  # its exponentials, as large as what it is given
+            self.peak = max(self.peak, self.now + operands[0].untyped_storage().nbytes())
         given = {operand.untyped_storage()._cdata for operand in operands}
         for result in tree_leaves(results):
             if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:

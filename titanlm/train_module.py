@@ -35,6 +35,8 @@ class TrainModule(nn.Module):
         self.loss = loss
         self.compute_dtype = torch.float32
         self.compile_kernels = False
+        self.fuses = True
+        """Whether the loss may take kernels of this package, see ``use_kernels``."""
         self.training_graph_only = False
 
     def forward(self, batch: Batch) -> tuple[LossSums, dict[str, Tensor]]:
@@ -56,7 +58,8 @@ class TrainModule(nn.Module):
         head = cast(nn.Module, self.model.head)
         n_sources = batch.n_sources
         sources = batch.document_ids % n_sources if n_sources > 1 else None
-        return loss_sums(hidden, batch.labels, head, self.loss, sources=sources, n_sources=n_sources, compile_kernels=self.compile_kernels), aux
+        how = {"compile_kernels": self.compile_kernels, "fuses": self.fuses}
+        return loss_sums(hidden, batch.labels, head, self.loss, sources=sources, n_sources=n_sources, **how), aux
 
 
 def _short(dtype: torch.dtype) -> str:

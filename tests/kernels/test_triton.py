@@ -10,9 +10,11 @@ import os
 import pytest
 import torch
 
+from titanlm.kernels import logits_triton
 from titanlm.kernels.mix import Mix, plain_mix
 from titanlm.kernels.relu2 import Relu2Network, plain_relu2_network
 from titanlm.kernels.rotate import RotatedHeads, plain_rotated_heads
+from titanlm.losses import chunked
 from titanlm.models.layers.rope import rotary_tables
 
 pytestmark = pytest.mark.gpu
@@ -153,3 +155,30 @@ def test_nan_stays_nan(device, slope):
     result = Relu2Network.apply(x, up, down, slope)
     assert result.isnan().all()
     assert all(gradient.isnan().any() for gradient in torch.autograd.grad(result.sum(), (x, up, down)))
+
+
+@PRECISIONS
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("needs_mean", [False, True])
+@pytest.mark.parametrize(("n_rows", "vocab", "apart"), [(3, 50, 0), (5, 5000, 3)])
+def test_logits(device, dtype, tolerance, cap, needs_mean, n_rows, vocab, apart):
+    """Against the plain passes of the chunked loss, in fp64; a row whose label is not trained, and space between rows that must stay."""
+    logits = rounded(n_rows, vocab + apart, device=device, scale=3.0)
+    labels = torch.arange(n_rows, device=device) * 7
+    labels[1] = -100
+    wide, narrow = logits.double()[:, :vocab], logits.to(dtype)
+    found, wanted = logits_triton.statistics(narrow[:, :vocab], labels, needs_mean, cap), chunked.statistics(wide, labels, needs_mean, cap)
+    for got, reference in zip(found, wanted, strict=True):
+        assert (got is None) == (reference is None)
+        if got is not None:
+            close(got, reference, 1e-5)
+    g_zy, g_lse, g_mean = (rounded(n_rows, device=device) for _ in range(3))
+    weights = g_zy.double(), g_lse.double(), g_mean.double() if needs_mean else None
+    places, entries = chunked.label_entries(wide, labels, *wanted[:2], *weights, cap)
+    keep = wide.clone()
+    chunked.write_gradient(keep, wanted[1], weights[1], weights[2], cap)
+    trained = labels >= 0
+    keep[trained] = keep[trained].scatter(1, places[trained], entries[trained])
+    logits_triton.write_gradient(narrow[:, :vocab], labels, found[1], g_zy, g_lse, g_mean if needs_mean else None, cap)
+    close(narrow[:, :vocab], keep, tolerance / 2)
+    assert torch.equal(narrow[:, vocab:], logits.to(dtype)[:, vocab:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanlm.batch import IGNORE
+from titanlm.kernels import logits_triton
+from titanlm.losses import chunked
 from titanlm.losses.chunked import LossSums, chunk_size, loss_sums
 from titanlm.losses.cross_entropy import CrossEntropy, CrossEntropyConfig
 from titanlm.models.layers import head as head_module
@@ -279,15 +282,46 @@ def test_compiled_kernels_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("chunk_tokens", [0, 7])
+@pytest.mark.parametrize("loss_of", [lambda chunk: cross_entropy(chunk, z_loss=0.01), lambda chunk: Smoothed(0.1, chunk)])
+def test_kernels_take_what_is_differentiated_by_chunks(loss_of: Any, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the kernels, by the passes in plain torch; autograd cannot see into them, so where it is asked they are not."""
+    asked = []
+
+    def read(logits: Tensor, labels: Tensor, needs_mean: bool, cap: float | None) -> Any:
+        asked.append("read")
+        return chunked.statistics(logits, labels, needs_mean, cap)
+
+    def overwrite(logits: Tensor, labels: Tensor, lse: Tensor, g_zy: Tensor, g_lse: Tensor, g_mean: Tensor | None, cap: float | None) -> None:
+        asked.append("overwrite")
+        places, entries = chunked.label_entries(logits, labels, logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1), lse, g_zy, g_lse, g_mean, cap)
+        chunked.write_gradient(logits, lse, g_lse, g_mean, cap)
+        logits.scatter_(1, places, entries)
+
+    monkeypatch.setattr(chunked, "fused", lambda x: torch.is_grad_enabled())
+    monkeypatch.setattr(logits_triton, "statistics", read)
+    monkeypatch.setattr(logits_triton, "write_gradient", overwrite)
+    head, (hidden, labels) = make_head(), make_batch()
+    plain, mine = (loss_sums(hidden, labels, head, loss_of(chunk_tokens), fuses=fuses) for fuses in (False, True))
+    assert sorted(set(asked)) == (["overwrite", "read"] if chunk_tokens else [])
+    for got, wanted in zip(gradients_of(mine.loss, hidden, head), gradients_of(plain.loss, hidden, head), strict=True):
+        torch.testing.assert_close(got, wanted)
+    asked.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(loss_sums(hidden, labels, head, loss_of(chunk_tokens), fuses=True).loss, plain.loss.detach())
+    assert asked == []
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("fuses", [True, False])
 @pytest.mark.parametrize("name", HEADS)
-def test_on_cuda_with_fused_kernels(name: str) -> None:
+def test_on_cuda_with_compiled_and_with_fused_kernels(name: str, fuses: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         head, (hidden, labels) = make_head(**HEADS[name], dtype=torch.float32).cuda(), make_batch(dtype)  # type: ignore[arg-type]
         if head.softcap is not None:
             head.softcap.compile_kernels = True
         hidden, labels = hidden.detach().cuda().requires_grad_(), labels.cuda()
-        fused = loss_sums(hidden, labels, head, cross_entropy(7, z_loss=0.01), compile_kernels=True)
+        fused = loss_sums(hidden, labels, head, cross_entropy(7, z_loss=0.01), compile_kernels=True, fuses=fuses)
         exact_head, exact_hidden = make_head(**HEADS[name]).cuda(), hidden.detach().double().requires_grad_()  # type: ignore[arg-type]
         exact = loss_sums(exact_hidden, labels, exact_head, cross_entropy(0, z_loss=0.01))
         tolerance = 1e-5 if dtype == torch.float32 else 0.02

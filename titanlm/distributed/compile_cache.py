@@ -6,11 +6,13 @@ loses. ``torch.compiler.save_cache_artifacts`` gives all that this process
 compiled or found there as one string of bytes; loaded before the first
 compilation it fills that folder again. Code for GPUs is in it ready to run; for
 CPUs the graphs are, and their C++ is compiled anew where the folder lacks it.
+FlashAttention 4 compiles its kernels itself, into files, and those that this
+process used follow torch's bytes.
 
 The file begins with a line of JSON: versions, device, length and sha256 of what
-follows. Another torch or device has no use for the rest, and a damaged file is
-told by its hash; either is passed over with a note, because all that it costs
-is time. The hash is no protection: torch unpickles what follows and runs it.
+follows, names and lengths of FlashAttention's files. Another torch or device has
+no use for the rest, and a damaged file is told by its hash; either is passed
+over with a note, because all that it costs is time. The hash is no protection: torch unpickles what follows and runs it.
 
 Rank 0 writes. The code of a GPU is keyed by its number too, so other ranks on
 the same host find only what does not depend on it.
@@ -28,10 +30,11 @@ from typing import Any
 import torch
 
 from titanlm.errors import TitanError
+from titanlm.kernels.flash4 import disk_cache, kernels_in_use
 from titanlm.runs import write_atomic
 
 COMPILE_CACHE = "compile_cache.bin"
-MAX_HEADER_BYTES = 4096
+MAX_HEADER_BYTES = 1 << 16
 MIB = 1 << 20
 
 
@@ -59,14 +62,20 @@ class CompileCache:
             return f"WARNING: {self.source}: not loaded: {error.strerror}; what it holds is compiled anew"
         if why := self._foreign(head, content):
             return f"{self.source}: not loaded: {why}; what it holds is compiled anew"
-        if torch.compiler.load_cache_artifacts(content) is None:
+        files = json.loads(head)["files"]
+        n_torch = len(content) - sum(files.values())
+        try:
+            _unpack(files, content[n_torch:])
+        except OSError as error:
+            return f"WARNING: {self.source}: not loaded: {error.filename}: {error.strerror}; what it holds is compiled anew"
+        if torch.compiler.load_cache_artifacts(content[:n_torch]) is None:
             return f"WARNING: {self.source}: not loaded: torch cannot read it; what it holds is compiled anew"
         return f"compiled before: {len(content) / MIB:.1f} MiB of {self.source}"
 
     def _foreign(self, head: bytes, content: bytes) -> str:
         try:
             said = json.loads(head)
-            made, n_bytes, sha256 = said["made_by"], said["n_bytes"], said["sha256"]
+            made, n_bytes, sha256, _ = said["made_by"], said["n_bytes"], said["sha256"], said["files"].values()
             changed = [f"it is of {name} {made.get(name)} and this is {value}" for name, value in self.made_by.items() if made.get(name) != value]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return "it is no compile cache of titanlm"
@@ -89,13 +98,26 @@ class CompileCache:
         saved = torch.compiler.save_cache_artifacts()
         if saved is None:
             return None
-        content, _ = saved
-        header = {"made_by": self.made_by, "n_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         try:
+            files = {path.relative_to(disk_cache()).as_posix(): path.read_bytes() for path in kernels_in_use()}
+            content = b"".join((saved[0], *files.values()))
+            header = {"made_by": self.made_by, "n_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            header["files"] = {name: len(code) for name, code in files.items()}
             write_atomic(self.path, json.dumps(header).encode() + b"\n" + content)
         except OSError as error:
             return f"WARNING: {self.path}: not written: {error.strerror}; the next start compiles again"
         return f"what was compiled is in {self.path}, {len(content) / MIB:.1f} MiB"
+
+
+def _unpack(files: dict[str, int], content: bytes) -> None:
+    """Put the named parts of ``content``, which follow one another, where FlashAttention 4 looks for them; those it has are left."""
+    place = 0
+    for name, n_bytes in files.items():
+        path = disk_cache() / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content[place : place + n_bytes])
+        place += n_bytes
 
 
 def misses() -> int:

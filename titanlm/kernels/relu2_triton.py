@@ -17,12 +17,12 @@ STAGES = {1: 4, 2: 3}
 def _write(part, kept, c, row, column, BACK: tl.constexpr, SLOPE: tl.constexpr):
     if BACK:
         old = kept.load([row, column]).to(tl.float32)
-        if SLOPE:  # u
+        if SLOPE != 0:  # u
             part *= tl.where(old > 0, 2 * old, 2 * SLOPE * SLOPE * old)
         else:  # h
             part *= 2 * tl.sqrt(old)
     else:
-        if SLOPE:
+        if SLOPE != 0:
             kept.store([row, column], part.to(kept.dtype))
             part = tl.where(part < 0, SLOPE * part, part)
         else:

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from titanlm.batch import IGNORE
+from titanlm.kernels.fused import fused
 from titanlm.models.layers.compiled import compiled
 from titanlm.models.layers.rounding import rounded_once
 from titanlm.registry import Loss
@@ -62,6 +63,7 @@ def loss_sums(
     sources: Tensor | None = None,
     n_sources: int = 1,
     compile_kernels: bool = False,
+    fuses: bool = False,
 ) -> LossSums:
     """The loss summed over all trained labels.
 
@@ -71,12 +73,13 @@ def loss_sums(
     ``capped=False``, and the cap applied where logits are passed over anyway. ``loss.chunk_tokens`` tokens are
     taken at a time, evenly split; 0 takes all at once by plain autograd.
     Without gradients only the sums are computed. ``sources`` (B, T) says which
-    of ``n_sources`` each label is of. ``compile_kernels`` fuses the passes over
-    the logits.
+    of ``n_sources`` each label is of. ``compile_kernels`` compiles the passes over
+    the logits; where ``fuses`` is set and kernels serve, those of a chunk that is
+    trained on are ``titanlm.kernels.logits_triton``.
     """
     flat, targets = hidden.flatten(0, -2), labels.flatten()
     groups = torch.zeros_like(targets) if sources is None else sources.flatten()
-    run = _Run(head, loss, n_sources, compile_kernels, getattr(head, "cap", None))
+    run = _Run(head, loss, n_sources, compile_kernels, fuses and fused(flat), getattr(head, "cap", None))
     if loss.chunk_tokens == 0:
         return run._replace(cap=None).sums(head(flat), targets, groups)
     parameters = dict(head.named_parameters())
@@ -140,6 +143,8 @@ class _Run(NamedTuple):
     loss: Loss
     n_sources: int
     compile_kernels: bool
+    fused: bool
+    """Only of what is differentiated here and by no autograd."""
     cap: float | None
     """Of logits that ``logits`` gives as they are before it."""
 
@@ -168,7 +173,7 @@ class _Run(NamedTuple):
     def differentiate(self, logits: Tensor, labels: Tensor, sources: Tensor) -> LossSums:
         """The sums of a chunk; its (n, V) logits are overwritten by the gradient of the loss."""
         with torch.no_grad():
-            numbers = self.statistics(logits, labels)
+            numbers = self._read(logits, labels)
         leaves = [number.requires_grad_() for number in numbers if number is not None]
         with torch.enable_grad():
             sums = self._summed(labels, sources, *numbers)
@@ -179,11 +184,26 @@ class _Run(NamedTuple):
         g_mean = rest[0] if rest else None
         z_y, lse = (number.detach() for number in numbers[:2])
         with torch.no_grad():
-            write = compiled(write_gradient) if self.compile_kernels else write_gradient
-            places, entries = label_entries(logits, labels, z_y, lse, g_zy, g_lse, g_mean, self.cap)
-            write(logits, lse, g_lse, g_mean, self.cap)
-            logits.scatter_(1, places, entries)
+            self._overwrite(logits, labels, z_y, lse, g_zy, g_lse, g_mean)
         return LossSums(sums.loss.detach(), sums.nll)
+
+    def _read(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self.fused:
+            return self.statistics(logits, labels)
+        from titanlm.kernels.logits_triton import statistics
+
+        return statistics(logits, labels, getattr(self.loss, "needs_mean", False), self.cap)
+
+    def _overwrite(self, logits: Tensor, labels: Tensor, z_y: Tensor, lse: Tensor, g_zy: Tensor, g_lse: Tensor, g_mean: Tensor | None) -> None:
+        if self.fused:
+            from titanlm.kernels import logits_triton
+
+            logits_triton.write_gradient(logits, labels, lse, g_zy, g_lse, g_mean, self.cap)
+            return
+        write = compiled(write_gradient) if self.compile_kernels else write_gradient
+        places, entries = label_entries(logits, labels, z_y, lse, g_zy, g_lse, g_mean, self.cap)
+        write(logits, lse, g_lse, g_mean, self.cap)
+        logits.scatter_(1, places, entries)
 
 
 class _Chunked(torch.autograd.Function):
