@@ -381,9 +381,8 @@ def test_whole_models_on_a_gpu(kind: str, backend: str, how: str) -> None:
     names = [name for name in backend.split("+") if any(refusals(name, 64, documents=documents, device=torch.device("cuda")))]
     if names:
         pytest.skip(f"{names[0]} does not serve here")
-    ids = torch.cat(
-        [torch.where(IDS < 0, IDS, IDS + 100 * part) for part in range(8)], 1
-    ).cuda()  # numbers rise in a row: one that came back would be one document to a mask
+    # A number that came back later in a row would be the same document to a mask, and another one to lengths.
+    ids = (IDS[:, None] + 100 * torch.arange(8)[:, None]).flatten(1).cuda()
     # Drawn: where all tokens of a document are the same, true gradients of queries and keys are nearly 0, and bf16 leaves its rounding only.
     tokens = torch.randint(16, ids.shape, generator=torch.Generator().manual_seed(0)).cuda()
     batch = Batch(tokens, ids, torch.arange(96, device="cuda").expand(3, -1), ids, ids, document_mask=documents, max_documents=64)
