@@ -20,7 +20,7 @@ from titanlm import train as trainer_module
 from titanlm.batch import IGNORE
 from titanlm.check import check
 from titanlm.config import dump, load, loads
-from titanlm.course import horizon_of, legs_of, phases_of
+from titanlm.course import flops_left, horizon_of, legs_of, phases_of
 from titanlm.curricula.stage import Stage
 from titanlm.data import Loader, merge_states
 from titanlm.datasets.mixture import Source
@@ -230,6 +230,14 @@ def test_phases_are_the_stages(tiny: Path) -> None:
         (6, Phase(48, 4, 1, clip=None)),
     ]
     assert phases(tiny, "--curriculum=[{start_step=0}]") == phases(tiny) == [(0, Phase(48, 4, 2, clip=1.0))]
+
+
+def test_what_is_left_is_counted_by_the_shapes_of_its_steps(tiny: Path) -> None:
+    settings = load(tiny, COMMON)
+    by_step = [phases_of(settings, World(), horizon_of(settings)).at(Progress(step=step)) for step in range(settings.train.steps)]
+    flops = [phase.rows_per_rank * phase.seq_len * (1000 + phase.seq_len) for phase in by_step]
+    for step in range(settings.train.steps + 1):
+        assert flops_left(settings, lambda seq_len: 1000.0 + seq_len, step) == sum(flops[step:])
 
 
 def test_small_batches_are_not_raised_and_large_ones_are_cut(tiny: Path) -> None:

@@ -36,7 +36,7 @@ def test_rates_are_of_the_interval() -> None:
         clock.now += seconds
         made.step(1000, stall)
     clock.now += 1.0  # waiting for the device in a log step
-    report = made.report(remaining_steps=6)
+    report = made.report(remaining_flops=6 * 1000 * 1e9)
     assert report.pop("memory_gib") > 0
     assert report == {
         "step_s": pytest.approx(2 / 3),
@@ -121,7 +121,7 @@ def test_no_mfu_without_a_peak_and_no_rates_without_a_step() -> None:
     assert "mfu" not in report
     assert report["stall"] == 1.0  # a stall that began before the interval is cut
     clock.now += 1
-    assert made.report(remaining_steps=3).keys() == {"elapsed_s", "memory_gib"}
+    assert made.report(remaining_flops=3e9).keys() == {"elapsed_s", "memory_gib"}
 
 
 @pytest.mark.parametrize(

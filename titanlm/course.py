@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from titanlm.config import RunConfig, Train
@@ -62,6 +63,12 @@ def legs_of(config: RunConfig) -> tuple[Leg, ...]:
         )
         for stage, end in zip(stages, ends)
     )
+
+
+def flops_left(config: RunConfig, flops_per_token: Callable[[int], float], step: int) -> float:
+    """Of forward and backward passes from this step to the end; ``flops_per_token`` is asked for each row length."""
+    ahead = [(leg, leg.steps - max(0, step - leg.stage.start_step)) for leg in legs_of(config)]
+    return sum(steps * leg.step_tokens * flops_per_token(leg.seq_len) for leg, steps in ahead if steps > 0)
 
 
 def longest_row(config: RunConfig) -> int:

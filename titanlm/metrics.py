@@ -164,14 +164,14 @@ class StepMeter:
             if self._mark is not None and not self._pauses:
                 self._mark = self._clock()
 
-    def report(self, remaining_steps: int | None = None) -> dict[str, float]:
+    def report(self, remaining_flops: float | None = None) -> dict[str, float]:
         """Metrics of the interval since the last report, which ends here.
 
         ``step_s``, ``tokens_per_s``, ``stall`` (share of the time, 0 to 1),
-        ``mfu`` (0 to 1; only with a known peak), ``eta_s`` (with
-        ``remaining_steps``), ``elapsed_s``, ``memory_gib`` and, on a CUDA device,
-        ``reserved_gib``. An interval without a step has only those from
-        ``elapsed_s`` on.
+        ``mfu`` (0 to 1; only with a known peak), ``eta_s`` (of
+        ``remaining_flops`` at the rate of the interval), ``elapsed_s``,
+        ``memory_gib`` and, on a CUDA device, ``reserved_gib``. An interval
+        without a step has only those from ``elapsed_s`` on.
         """
         self._tick()
         report: dict[str, float] = {}
@@ -181,8 +181,8 @@ class StepMeter:
             report["stall"] = min(1.0, self._stall_s / self._interval_s)
             if self.peak_flops:
                 report["mfu"] = self._flops / self._interval_s / self.peak_flops
-            if remaining_steps is not None:
-                report["eta_s"] = remaining_steps * report["step_s"]
+            if remaining_flops is not None and self._flops:
+                report["eta_s"] = remaining_flops / self._flops * self._interval_s
         report["elapsed_s"] = self.elapsed_s
         report["memory_gib"] = peak_memory_gib(self.device)
         if self.device.type == "cuda":

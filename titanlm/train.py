@@ -36,7 +36,7 @@ from titanlm.checkpoint import Saved
 from titanlm.checkpoint_copy import RemoteCopies
 from titanlm.clipping import clip_gradients
 from titanlm.config import RunConfig, dump
-from titanlm.course import horizon_of, limit_settings, phases_of, schedules_of
+from titanlm.course import flops_left, horizon_of, limit_settings, phases_of, schedules_of
 from titanlm.data import DataEnded, Loader, StepData, merge_states
 from titanlm.data_state import start_state
 from titanlm.device import choose_device
@@ -238,9 +238,10 @@ class Trainer:
         self.validation = [ValidationSet.build(entry, config, self.tokenizer) for entry in config.validation]
         # As rank 0 reads them: a file system may show the others an older file, and all must come to the same decisions.
         scored = [replace(entry, every=None, micro_batch=None) for entry in config.validation]  # what has no part in a score
-        self.best = Best.read(self.folder.path, config.checkpoint.best, hashlib.sha256(repr(scored).encode()).hexdigest())
-        self.scored, value, step = self.peers.gather([read_scored(self.folder.path / SCORED), self.best.value, self.best.step])[0]
-        self.best = replace(self.best, value=value, step=step)
+        of = hashlib.sha256(repr(scored).encode()).hexdigest()
+        best = self.peers.first(lambda: Best.read(self.folder.path, config.checkpoint.best, of))
+        self.scored, value, step = self.peers.gather(best and [read_scored(self.folder.path / SCORED), best.value, best.step])[0]
+        self.best = Best(self.folder.path, config.checkpoint.best, value, step, of)
         self.saver = Saver(self.checkpoints, peers=self.peers.apart())
         opened.callback(self._close_saver)
         self.profile = ProfileWindow(config.profile, self.folder.path)
@@ -524,7 +525,7 @@ class Trainer:
                 metrics[f"lr/{label}" if position == 0 else f"lr/{label}.{position}"] = lr
                 metrics.setdefault("lr", lr)
         metrics |= {"tokens": float(self.progress.tokens), "total_steps": float(self.config.train.steps)}
-        metrics |= self.meter.report(remaining_steps=self.config.train.steps - self.progress.step)
+        metrics |= self.meter.report(flops_left(self.config, self.model.flops_per_token, self.progress.step))
         if self.horizon.max_wallclock_s is not None and "eta_s" in metrics:
             metrics["eta_s"] = max(0.0, min(metrics["eta_s"], self.horizon.max_wallclock_s - self.progress.elapsed_s))
         counted = ("documents", "passed_over", "unreadable")

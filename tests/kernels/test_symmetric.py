@@ -53,8 +53,9 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_titanlm_imports_no_triton() -> None:
-    code = "import sys, titanlm.train, titanlm.optimizers.muon; print([name for name in ('triton', 'titanlm.kernels.jit') if name in sys.modules])"
+def test_titanlm_imports_neither_triton_nor_the_compiler() -> None:
+    names = "('triton', 'torch._inductor', 'torch._dynamo', 'titanlm.kernels.jit')"
+    code = f"import sys, titanlm.train, titanlm.optimizers.muon; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr[-2000:]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from titanlm.kernels.flash import backward_operator, forward_operator
 from titanlm.kernels.lengths import bounds, flat
@@ -24,6 +23,8 @@ HAS_FLASH4 = any(Path(place, "cute", "flash_bwd_sm90.py").is_file() for place in
 
 def disk_cache() -> Path:
     """Where the package keeps what it compiled: beside what torch did, unless the environment has a folder for it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # which brings the compiler along
+
     return Path(os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") or Path(cache_dir(), "flash4"))
 
 
