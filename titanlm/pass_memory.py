@@ -56,7 +56,7 @@ class Held(TorchDispatchMode):
             return NotImplemented  # what is inside, such as a scale and bytes of FP8, comes by next
         results = operator(*args, **(kwargs or {}))
         if operator is torch.ops.aten.logsumexp.default:  # its exponentials, as large as what it is given
-            self.peak = max(self.peak, self.now + operands[0].untyped_storage().nbytes())
+            self.peak = max(self.peak, self.now + operands[0].nbytes)
         given = {operand.untyped_storage()._cdata for operand in operands}
         for result in tree_leaves(results):
             if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:

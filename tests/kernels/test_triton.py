@@ -5,6 +5,7 @@ Run by hand on a CUDA device, or without one in Triton's interpreter:
 """
 
 import importlib.util
+import math
 import os
 
 import pytest
@@ -182,3 +183,13 @@ def test_logits(device, dtype, tolerance, cap, needs_mean, n_rows, vocab, apart)
     logits_triton.write_gradient(narrow[:, :vocab], labels, found[1], g_zy, g_lse, g_mean if needs_mean else None, cap)
     close(narrow[:, :vocab], keep, tolerance / 2)
     assert torch.equal(narrow[:, vocab:], logits.to(dtype)[:, vocab:])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", [0, 4500])
+def test_logits_that_are_not_finite(device, value, column):
+    """One among others comes out of the logarithm of the sum as torch has it: NaN, inf, or as if it were not there."""
+    logits = rounded(3, 5000, device=device)
+    logits[1, column], logits[2] = value, value
+    _, found, _ = logits_triton.statistics(logits, torch.ones(3, dtype=torch.int64, device=device), False, None)
+    torch.testing.assert_close(found, torch.logsumexp(logits, -1), equal_nan=True)

@@ -12,7 +12,8 @@ process used follow torch's bytes.
 The file begins with a line of JSON: versions, device, length and sha256 of what
 follows, names and lengths of FlashAttention's files. Another torch or device has
 no use for the rest, and a damaged file is told by its hash; either is passed
-over with a note, because all that it costs is time. The hash is no protection: torch unpickles what follows and runs it.
+over with a note, because all that it costs is time. The hash is no protection:
+torch unpickles what follows and runs it.
 
 Rank 0 writes. The code of a GPU is keyed by its number too, so other ranks on
 the same host find only what does not depend on it.
@@ -75,7 +76,7 @@ class CompileCache:
     def _foreign(self, head: bytes, content: bytes) -> str:
         try:
             said = json.loads(head)
-            made, n_bytes, sha256, _ = said["made_by"], said["n_bytes"], said["sha256"], said["files"].values()
+            made, n_bytes, sha256, _ = said["made_by"], said["n_bytes"], said["sha256"], sum(said["files"].values())
             changed = [f"it is of {name} {made.get(name)} and this is {value}" for name, value in self.made_by.items() if made.get(name) != value]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return "it is no compile cache of titanlm"

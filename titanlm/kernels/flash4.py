@@ -38,8 +38,9 @@ def kernels_in_use() -> list[Path]:
 
 def _interface() -> ModuleType:
     """The package's functions. It keeps nothing on disk unless it is told to, before it is imported."""
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(disk_cache()))
+    if "flash_attn.cute" not in sys.modules:
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(disk_cache()))
     from flash_attn.cute import interface
 
     return interface

@@ -41,11 +41,12 @@ def _statistics(logits, stride, labels, z_y, lse, mean, V, cap, CAP: tl.constexp
             new = tl.maximum(largest, z)
             sums *= tl.exp(tl.where(new == largest, 0.0, largest - new))
             largest = new
-        sums += tl.where(inside, tl.exp(z - largest), 0.0)
+        # An infinity less itself is no number, and a number that is none has to come out as one: nothing else tells a guard.
+        sums += tl.where(inside, tl.exp(tl.where(z == largest, 0.0, z - largest)), 0.0)
         if MEAN:
             totals += tl.where(inside, z, 0.0)
     top = tl.max(largest, 0)
-    total = tl.sum(tl.where(sums > 0.0, sums * tl.exp(largest - top), 0.0), 0)
+    total = tl.sum(sums * tl.exp(tl.where(largest == top, 0.0, largest - top)), 0)
     z = tl.load(place + label).to(tl.float32)
     if CAP:
         z = cap * _tanh(z / cap)
