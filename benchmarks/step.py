@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--roof", action="store_true", help="measure a large matrix product first")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of text")
     options, rest = parser.parse_known_args()
-    wrong = [word for word in rest if not (word.startswith("--") and "=" in word and "." in word.partition("=")[0])]
+    wrong = [word for word in rest if not (word.startswith("--") and "=" in word)]
     if wrong or options.steps < 2 or options.warm_up < 0:
         parser.error(f"{wrong[0]!r} is no override such as --train.micro_batch=64" if wrong else "--steps must be 2 or more, --warm-up 0 or more")
     try:

@@ -57,11 +57,12 @@ def products() -> Iterator[Callable[[], Any]]:
 
 
 def mixes() -> Iterator[Callable[[], Any]]:
-    for n_terms, n_weights, eps in ((2, 2, 1e-6), (3, 3, 1e-6), (2, 1, 1e-6), (2, 1, None)):
-        terms, weights = [drawn(64, 512) for _ in range(n_terms)], drawn(n_weights, 512, dtype=torch.float32)
-        yield lambda t=terms, w=weights, e=eps: mix_triton.mixed(t, w, e)
-        carried = [None] * (n_terms - 1) + [drawn(64, 512)]
-        yield lambda t=terms, w=weights, e=eps, c=carried: mix_triton.mixed_backward(t, w, e, drawn(64, 512), None if e is None else drawn(64, 512), c)
+    for n_terms in (2, 3):
+        terms, weights = [drawn(64, 512) for _ in range(n_terms)], drawn(n_terms, 512, dtype=torch.float32)
+        yield lambda t=terms, w=weights: mix_triton.mixed(t, w, 1e-6)
+        for first in (None, drawn(64, 512)):
+            carried = [first, None, drawn(64, 512)][-n_terms:] if n_terms == 3 else [first, drawn(64, 512)]
+            yield lambda t=terms, w=weights, c=carried: mix_triton.mixed_backward(t, w, 1e-6, drawn(64, 512), drawn(64, 512), c)
 
 
 def rotations() -> Iterator[Callable[[], Any]]:

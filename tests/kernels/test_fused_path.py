@@ -13,11 +13,6 @@ from titanlm.models import decoder, golf
 from titanlm.models.layers import attention, feed_forward, linear, rope
 
 
-def _mix(terms, weights, eps):
-    out, normed = mix.plain_mix(terms, weights, eps)
-    return out, out.new_empty(0) if normed is None else normed
-
-
 def _through_norm(x, g, eps):
     """The gradient of x / √(mean(x²) + eps) over the last dimension."""
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -25,10 +20,9 @@ def _through_norm(x, g, eps):
 
 
 def _mix_backward(terms, weights, eps, g_out, g_normed, carried):
-    g = g_out if g_normed is None else g_out + _through_norm(mix.plain_mix(terms, weights, None)[0], g_normed, eps)
-    factors = [torch.ones_like(weights[0]), *weights][-len(terms) :]
-    of_terms = [factor * g + (0 if extra is None else extra) for factor, extra in zip(factors, carried, strict=True)]
-    return of_terms, torch.stack([(g * term).flatten(0, -2).sum(0) for term in terms[-len(weights) :]])
+    g = g_out + _through_norm(mix.plain_mix(terms, weights, eps)[0], g_normed, eps)
+    of_terms = [weight * g + (0 if extra is None else extra) for weight, extra in zip(weights, carried, strict=True)]
+    return of_terms, torch.stack([(g * term).flatten(0, -2).sum(0) for term in terms])
 
 
 def _rotated(*arguments):
@@ -61,7 +55,7 @@ def twins():
     """On the CPU the operators compute what the kernels are to compute."""
     library = torch.library.Library("titanlm", "IMPL")
     for name, function in {
-        "mix": _mix,
+        "mix": mix.plain_mix,
         "mix_backward": _mix_backward,
         "rotated_heads": _rotated,
         "rotated_heads_backward": _rotated_backward,
@@ -141,9 +135,8 @@ def test_same_as_the_plain_way(model, monkeypatch, compile):
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
-        (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(1, 8), 1e-6)),
-        (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(2, 8), None)),
-        (mix.mix_backward, ([torch.ones(2, 3, 8)] * 2, torch.ones(1, 8), 1e-6, torch.ones(2, 3, 8), torch.ones(2, 3, 8), [None, torch.ones(2, 3, 8)])),
+        (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(2, 8), 1e-6)),
+        (mix.mix_backward, ([torch.ones(2, 3, 8)] * 2, torch.ones(2, 8), 1e-6, torch.ones(2, 3, 8), torch.ones(2, 3, 8), [None, torch.ones(2, 3, 8)])),
         (rotate.heads_forward, (torch.ones(2, 3, 32), torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), None, torch.ones(2), 2, 1, 1e-6)),
         (relu2.relu2_product, (torch.ones(4, 8), torch.ones(6, 8), None, 0.0)),
         (relu2.relu2_product, (torch.ones(4, 8), torch.ones(6, 8), None, 0.5)),

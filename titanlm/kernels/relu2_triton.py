@@ -7,10 +7,10 @@ from torch import Tensor
 
 from titanlm.kernels.jit import TensorDescriptor, jit, tl
 
-TILE = (256, 128, 64)
+TILE = {1: (128, 256, 64), 2: (256, 128, 64)}
 WARPS = 8
 STAGES = {1: 4, 2: 3}
-"""Tiles in flight, by tensors of the result's shape, whose tiles take shared memory too. Measured on an H200 at (262,144, 512) × (512, 1,536)."""
+"""Tiles in flight. Both by tensors of the result's shape, whose tiles take shared memory too; measured on an H200 at (262,144, 512) × (512, 1,536)."""
 
 
 @jit
@@ -54,7 +54,8 @@ def product(a: Tensor, b: Tensor, kept: Tensor | None, slope: float) -> list[Ten
     (m, k), n = a.shape, len(b)
     back = kept is not None
     made = [a.new_empty(m, n) for _ in range(2 if slope and not back else 1)]
-    tile_m, tile_n, tile_k = TILE
+    tensors = len(made) + back
+    tile_m, tile_n, tile_k = TILE[tensors]
     out, *rest = (TensorDescriptor.from_tensor(each, [tile_m, tile_n // 2]) for each in (made if kept is None else [*made, kept]))
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
     _product[(programs,)](
@@ -62,6 +63,6 @@ def product(a: Tensor, b: Tensor, kept: Tensor | None, slope: float) -> list[Ten
         TensorDescriptor.from_tensor(b, [tile_n, tile_k]),
         rest[0] if rest else out,
         out,
-        m, n, k, M=tile_m, N=tile_n, K=tile_k, BACK=back, SLOPE=slope, num_warps=WARPS, num_stages=STAGES[1 + len(rest)],
+        m, n, k, M=tile_m, N=tile_n, K=tile_k, BACK=back, SLOPE=slope, num_warps=WARPS, num_stages=STAGES[tensors],
     )  # fmt: skip
     return made

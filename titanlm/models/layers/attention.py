@@ -101,8 +101,10 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (None if qk_norm == "none" else RMSNorm(head_dim, norm_eps, learned=qk_norm == "learned") for _ in range(2))
         self.q_gain = nn.Parameter(torch.empty(n_heads, dtype=torch.float32)) if q_gain else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: tuple[LayerCache, Tensor, int] | None = None) -> Tensor:
-        """(B, T, D) → (B, T, D).
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: tuple[LayerCache, Tensor, int] | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) → (B, T, D), times ``scale`` (D,).
 
         ``past`` is this layer's cache, the positions (B, T) of ``x`` and the
         number of slots in use, for decoding.
@@ -119,7 +121,7 @@ class Attention(nn.Module):
             y = attend_by_torch(self.backend, q, k, v, mask)
         if self.exclusive:
             y = exclude_own_value(y, own)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj.scaled(y.flatten(2), scale)
 
     def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         heads = (*x.shape[:-1], -1, self.head_dim)

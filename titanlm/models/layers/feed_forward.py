@@ -41,11 +41,12 @@ class FeedForward(nn.Module):
         self.slope = SLOPES.get(activation, 0.0)
         self.fuses = activation in SLOPES and d_model % 8 == d_ff % 8 == 0  # rows of whole 16 bytes, as the device copies tiles
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Times ``scale`` (D,), if there is one."""
         if self.fuses and fused(x) and shared_product(self.up_proj, self.down_proj) is F.linear:
-            weights = self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype)
+            weights = self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype, scale)
             network: Tensor = Relu2Network.apply(x.flatten(0, -2), *weights, self.slope)
             return network.view(x.shape)
         up = self.up_proj(x)
         inner = relu2(up, self.slope) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
-        return self.down_proj(inner)
+        return self.down_proj.scaled(inner, scale)

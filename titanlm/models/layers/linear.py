@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from titanlm.models.layers.product import product_of
+from titanlm.models.layers.product import product_of, shared_product
 from titanlm.models.layers.rounding import in_use
 
 
@@ -33,9 +33,23 @@ class Linear(nn.Module):
         """(..., n_in) → (..., n_out), in the dtype of ``x``."""
         return product_of(self, "weight")(x, self.used_weight(x.dtype))
 
-    def used_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the product uses it, (n_out, n_in): for who computes the product himself."""
-        return in_use(self, "weight").to(dtype)
+    def scaled(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """What ``forward`` gives, times a number a channel, (n_out,) or None for no such thing.
+
+        Where the layer multiplies and does no more, by scaling the rows of the
+        weight: equal but for rounding, and neither the output nor its gradient
+        is gone over once more for it.
+        """
+        if scale is None:
+            return self(x)
+        if shared_product(self) is None:
+            return scale.to(x.dtype) * self(x)
+        return product_of(self, "weight")(x, self.used_weight(x.dtype, scale))
+
+    def used_weight(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The weight as the product uses it, (n_out, n_in), its rows scaled: for who computes the product himself."""
+        weight = in_use(self, "weight")
+        return (weight if scale is None else scale[:, None] * weight).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
