@@ -1,12 +1,12 @@
-"""First step of any train config, with nothing compiled before and with the compile cache of another run.
+"""First step of any train config, with nothing compiled before and with the run folder of another run to begin with.
 
     python benchmarks/startup.py train_configs/decoder_124m.toml --train.global_batch=64
     python benchmarks/startup.py train_configs/debug.toml --train.compile=block --rounds 3
 
 Each start is a process of its own whose TORCHINDUCTOR_CACHE_DIR and
 TRITON_CACHE_DIR are empty folders, as on a machine that has compiled nothing. A
-cold start compiles and writes compile_cache.bin; the warm one after it has that
-file and no more. Cold and warm take turns, and medians are compared. Seconds are
+cold start measures and compiles, and writes tuned.json and compile_cache.bin; the
+warm one after it is given that run folder and no more. Cold and warm take turns, and medians are compared. Seconds are
 those of building the trainer, loading the file included, and of its first step
 up to the end of the device's work; importing torch comes before and is not
 counted, nor are validation, saving and logging, which are off.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from torch._dynamo.utils import counters
 
 from titanlm.check import check
 from titanlm.config import load
+from titanlm.distributed import compile_cache
 from titanlm.distributed.compile import compile_module
 from titanlm.distributed.compile_cache import COMPILE_CACHE, CompileCache, cache_file, made_by
 from titanlm.errors import TitanError
+from titanlm.kernels import triton_cache
 from titanlm.train import Trainer
 
 CPU = torch.device("cpu")
@@ -81,6 +84,15 @@ def test_the_header_says_what_made_it(tmp_path: Path, torch_cache: list[bytes]) 
         (lambda head, content: (head | {"made_by": 3}, content), "it is no compile cache of titanlm"),
         (lambda head, content: (head, content[:-1]), "damaged, 12 of 13 bytes"),
         (lambda head, content: (head, b"C" + content[1:]), "damaged, its sha256 is another"),
+        (lambda head, content: (head | {"files": {"/etc/a": 1}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"triton/../a": 1}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"triton": 1}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"elsewhere/a": 1}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"": 1}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"triton/a\0": 1}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"triton/a": -1}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"triton/a": 1.5}}, content), "it is no compile cache of titanlm"),
+        (lambda head, content: (head | {"files": {"triton/a": 14}}, content), "it is no compile cache of titanlm"),
         (lambda head, content: ([], content), "it is no compile cache of titanlm"),
         (lambda head, content: ("x" * 5000, content), "it is no compile cache of titanlm"),
     ],
@@ -139,6 +151,55 @@ def test_kernels_of_flash_attention_4_come_along(tmp_path: Path, torch_cache: li
     (other / "v1/fwd").rmdir()
     (other / "v1/fwd").write_text("in the way")
     assert str(CompileCache(tmp_path, CPU).load()).endswith("fwd: File exists; what it holds is compiled anew")
+
+
+def test_kernels_of_triton_come_along(tmp_path: Path, torch_cache: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in use and what launches them, but for inductor's and for texts; where they are unpacked Triton is told of them."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    names = [
+        "A/mix.cubin",
+        "A/mix.json",
+        "A/mix.ptx",
+        "A/__grp__mix.json",
+        "B/triton_poi.cubin",
+        "B/triton_poi.json",
+        "C/__triton_launcher.x.so",
+        "D/no_json.cubin",
+    ]
+    for name in (*names, "E/of_another_run.cubin", "E/of_another_run.json"):
+        (one / name).parent.mkdir(parents=True, exist_ok=True)
+        (one / name).write_text(name)
+    used = {str(one / name) for name in (*names, "F/gone.so")} | {str(tmp_path / "elsewhere.so")}
+    monkeypatch.setattr(triton_cache, "_used", used)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(one))
+    assert CompileCache(tmp_path, CPU).write() is not None
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(other))
+    (other / "A").mkdir(parents=True)
+    (other / "A/mix.cubin").write_text("mine")
+    again = CompileCache(tmp_path, CPU)
+    assert str(again.load()).startswith("compiled before")
+    assert torch_cache == [CONTENT]
+    found = {path.relative_to(other).as_posix(): path.read_text() for path in other.rglob("*.*")}
+    assert json.loads(found.pop("A/__grp__mix.json")) == {"child_paths": {name: str(other / "A" / name) for name in ("mix.cubin", "mix.json")}}
+    assert found == {"A/mix.cubin": "mine", "A/mix.json": "A/mix.json", "C/__triton_launcher.x.so": "C/__triton_launcher.x.so"}
+
+    # Of these nothing is new; another is written down though no graph was compiled.
+    used.clear()
+    used.add(str(other / "A/mix.cubin"))
+    assert again.write() is None
+    (other / "A/new.so").touch()
+    used.add(str(other / "A/new.so"))
+    assert again.write() is not None
+
+
+def test_triton_is_watched_on_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[int] = []
+    monkeypatch.setattr(triton_cache, "record", watched.append)
+    monkeypatch.setattr(compile_cache, "made_by", lambda device: {})
+    for device in ("cpu", "cuda:1", "cuda"):
+        CompileCache(tmp_path, torch.device(device))
+    assert watched == [1, 0]
 
 
 def test_a_named_file_must_be_there(tiny: Path, tmp_path: Path) -> None:
@@ -218,3 +279,72 @@ def test_a_fresh_machine_compiles_no_graph_again(tiny: Path, tmp_path: Path, dev
     assert warm.get("fxgraph_cache_miss", 0) == warm.get("autograd_cache_miss", 0) == 0
     assert warm["autograd_cache_hit"] > 0
     assert "compiled before" in (cache.parent / "log.txt").read_text()
+
+
+FUNCTION = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from titanlm.distributed.compile import compile_module
+from titanlm.distributed.compile_cache import CompileCache
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * FORWARD
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * BACKWARD
+
+class Block(nn.Module):
+    def forward(self, x):
+        return Scaled.apply(x).sin()
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.blocks = nn.Parameter(torch.ones(1)), nn.ModuleList([Block()])
+
+class Module(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Model()
+
+module = Module()
+cache = CompileCache(Path(sys.argv[1]), torch.device("cpu"))
+cache.load()
+compile_module(module, "block")
+for FORWARD, BACKWARD in json.loads(sys.argv[2]):
+    counters.clear()
+    x = torch.ones(2, requires_grad=True)
+    y = module.model.blocks[0](x)
+    y.sum().backward()
+    print(json.dumps({"y": y.tolist(), "g": x.grad.tolist()} | counters["aot_autograd"] | counters["inductor"]))
+cache.write()
+"""
+
+
+@pytest.mark.slow
+def test_functions_with_a_backward_pass_of_their_own_are_kept(tmp_path: Path) -> None:
+    """Found again in another process; not for another constant, be it in the backward pass alone."""
+
+    def found(machine: str, *constants: tuple[float, float]) -> list[dict[str, Any]]:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / machine), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", FUNCTION, str(tmp_path), json.dumps(constants)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    (cold,) = found("first", (2, 3))
+    warm, *others = found("second", (2, 3), (2, 4), (5, 3))
+    assert cold["autograd_cache_miss"] == 1
+    assert warm["autograd_cache_hit"] == 1
+    assert not [name for name in warm if "miss" in name or "bypass" in name]
+    assert (warm["y"], warm["g"]) == (cold["y"], cold["g"])
+    for other, (forward, backward) in zip(others, ((2, 4), (5, 3)), strict=True):
+        assert other["autograd_cache_miss"] == 1
+        assert other["y"] == pytest.approx([math.sin(forward)] * 2)
+        assert other["g"] == pytest.approx([math.cos(forward) * backward] * 2)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from titanlm.config import load
 from titanlm.distributed.world import Peers
 from titanlm.errors import TitanError
+from titanlm.train import Trainer
 from titanlm.tuned import TUNED, Tuned
 
 
@@ -39,6 +41,48 @@ def test_decided_once_and_taken_up_by_the_next_start(tmp_path: Path) -> None:
         "chosen by measurement: none = null",
         "chosen by measurement: rows = 4",
     ]
+
+
+def test_a_run_begins_with_the_choices_of_another(tmp_path: Path) -> None:
+    """Unless it has some of its own, and they are its own at once."""
+    told: list[str] = []
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+    assert Tuned(run, Peers(), told.append, other).get("rows") is None
+    assert told == []
+    assert not (run / TUNED).exists()
+    for key, value in (("rows", 4), ("attention", "flex")):
+        Tuned(other, Peers(), print).keep(key, value)
+    assert Tuned(run, Peers(), told.append, other).choice("rows", lambda: 5) == 4
+    assert told == [f"choices made before by {other}: 2"]
+    (other / TUNED).unlink()
+    assert Tuned(run, Peers(), told.append, other).get("attention") == "flex"
+    Tuned(other, Peers(), print).keep("rows", 6)
+    assert Tuned(run, Peers(), told.append, other).get("rows") == 4
+    assert len(told) == 1
+    (run / TUNED).unlink()
+    (other / TUNED).write_text("{")
+    with pytest.raises(TitanError, match=r"other/tuned\.json: damaged, no JSON"):
+        Tuned(run, Peers(), print, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        (["--train.compile_cache={other}", "--train.compile=block"], True),
+        (["--train.compile_cache={other}/compile_cache.bin", "--train.compile=block"], False),
+        (["--train.compile_cache={other}"], False),  # nothing is compiled
+    ],
+)
+def test_it_is_the_run_whose_compile_cache_is_named(tiny: Path, tmp_path: Path, settings: list[str], taken: bool) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Tuned(other, Peers(), print).keep("rows", 4)
+    (other / "compile_cache.bin").touch()
+    with Trainer(load(tiny, [setting.format(other=other) for setting in settings])) as trainer:
+        assert trainer.choices.tuned.get("rows") == (4 if taken else None)
+    assert (f"choices made before by {other}: 1" in (trainer.folder.path / "log.txt").read_text()) == taken
 
 
 def test_a_decision_that_fails_is_not_kept(tmp_path: Path) -> None:

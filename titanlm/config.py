@@ -90,7 +90,7 @@ class Train:
     """What torch.compile sees: nothing, each block by itself (quick to compile), or the whole model; auto: a shallow model whole, a deep one by block."""
     compile_cache: str = "run"
     """What was compiled is kept in the run folder and loaded again: `run`; `off`: neither; or a run folder, or such a file, to load it from at first. Such
-    a file runs code: load only your own."""
+    a file runs code: load only your own. What a folder's run chose by measuring is taken over too."""
     kernels: Literal["fused", "plain"] = "fused"
     """fused: titanlm's own Triton kernels where they serve, which is in bf16 on Hopper and data-centre Blackwell GPUs; plain: torch alone."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

@@ -69,11 +69,13 @@ class RunChoices:
         Raises TitanError when the run folder's choices cannot be read, or there is no cache where one is named.
         """
         self.config, self.device, self.peers, self.tell = config, device, peers, tell
-        self.tuned = Tuned(folder, peers, tell)
         self.compiled: Literal["none", "block", "model"] = "none"
         self.compile_cache = None
         train = config.train
-        if train.compile_cache != "off" and train.compile != "none":
+        cached = train.compile_cache != "off" and train.compile != "none"
+        other = Path(train.compile_cache).expanduser()
+        self.tuned = Tuned(folder, peers, tell, other if cached and train.compile_cache != "run" and other.is_dir() else None)
+        if cached:
             from titanlm.distributed.compile_cache import CompileCache
 
             self.compile_cache = peers.agree(lambda: CompileCache(folder, device, train.compile_cache))

@@ -42,6 +42,11 @@ def compile_module(module: Any, mode: Literal["none", "auto", "block", "model"])
     # All blocks share one code object, and each kind of block, shape, gradient mode and phase is a graph of its own. Past
     # torch's limit of 8 a block fails and a whole model silently runs uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    # Else a graph with a torch.autograd.Function is in no cache. It may be: Dynamo traces both its passes into the graph
+    # of which the key is made, so another constant or shape in either is another key.
+    from torch._functorch import config  # which brings the compiler along
+
+    config.autograd_cache_allow_custom_autograd_functions = True
     if mode == "model":
         module.model.compile(dynamic=False)
         module.training_graph_only = True
