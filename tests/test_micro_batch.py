@@ -39,7 +39,8 @@ def metrics(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def chosen(trainer: Trainer) -> dict[str, Any]:
-    (value,) = json.loads((trainer.folder.path / TUNED).read_text())["choices"].values()
+    # On a GPU attention is chosen too.
+    (value,) = (value for key, value in json.loads((trainer.folder.path / TUNED).read_text())["choices"].items() if key.startswith("micro-batch"))
     return value
 
 

@@ -88,6 +88,7 @@ def played() -> ModuleType:
         assert causal
         assert same["cu_seqlens_k"] is cu_seqlens_q
         if cu_seqlens_q is None:
+            assert lse.is_contiguous()
             lse = lse.transpose(0, 1).flatten(1)
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
         n, groups = q.shape[-2], (k.shape[-2], -1)
@@ -98,7 +99,8 @@ def played() -> ModuleType:
             dq.view(-1, *q.shape[-2:])[part] = (ds @ heads(k, part, n)).transpose(0, 1)
             dk.view(-1, *k.shape[-2:])[part] = (ds.mT @ heads(q, part, n)).unflatten(0, groups).sum(1).transpose(0, 1)
             dv.view(-1, *v.shape[-2:])[part] = (p.mT @ gradient).unflatten(0, groups).sum(1).transpose(0, 1)
-        return dq, dk, dv
+        results = [same.get(name, fresh).copy_(fresh) for name, fresh in (("dq", dq), ("dk", dk), ("dv", dv))]
+        return tuple(results)
 
     module = ModuleType("flash_attn.cute.interface")
     module._flash_attn_fwd, module._flash_attn_bwd = forward, backward  # type: ignore[attr-defined]
@@ -147,8 +149,9 @@ def row_of(ids: np.ndarray) -> Row:
 
 
 # ---------------------------------------------------------------- around a kernel
-@pytest.mark.parametrize("documents", [True, False])
-def test_values_and_gradients_are_those_of_a_loop(flash4: None, documents: bool) -> None:
+@pytest.mark.parametrize(("documents", "apart"), [(True, 1024), (False, 1024), (False, 0)])
+def test_values_and_gradients_are_those_of_a_loop(flash4: None, documents: bool, apart: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titanlm.kernels.flash4.APART", apart)
     begins = BEGINS if documents else [[0, 12]] * 3
     lengths = cumulative_lengths(IDS, 8) if documents else None
     q, k, v, g = drawn(dtype=torch.float64)
@@ -237,6 +240,11 @@ def results(model: Any, batch: Batch) -> list[Tensor]:
     return [hidden.detach(), *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
 
 
+def agree(ours: Tensor, other: Tensor) -> None:
+    """But for rounding, which is of sums and so goes by the largest."""
+    torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
 @pytest.mark.parametrize("kind", ["decoder", "golf"])
 @pytest.mark.parametrize("document_mask", [True, False])
 def test_models_compute_the_same(flash4: None, kind: str, document_mask: bool) -> None:
@@ -244,7 +252,7 @@ def test_models_compute_the_same(flash4: None, kind: str, document_mask: bool) -
     expected = results(model_of(kind, "math"), batch)
     for max_documents in (None, 8):
         for ours, other in zip(results(model_of(kind, "flash4"), replace(batch, max_documents=max_documents)), expected, strict=True):
-            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+            agree(ours, other)
 
 
 @pytest.mark.parametrize("how", ["block", "model", "selective", "full"])
@@ -263,7 +271,7 @@ def test_compiled_and_recomputed(flash4: None, how: str) -> None:
     else:
         activation_checkpointing.apply(model.blocks, how)  # type: ignore[arg-type]
     for ours, other in zip(results(model, batch), expected, strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+        agree(ours, other)
     assert len(calls) == (4 if how == "full" else 2)  # "selective" keeps what attention gave
 
 

@@ -173,6 +173,7 @@ def test_who_does_more_than_multiply_is_not_joined(model, monkeypatch):
         monkeypatch.setattr(module, "fused", lambda x: True)
     for block in model.blocks:
         block.attention.k_proj.__class__ = Doubled
+        block.attention.o_proj.__class__ = Doubled
         block.feed_forward.up_proj.__class__ = Doubled
     fused_hidden, fused_gradients = outcome(model)
     use_kernels(model, "plain")

@@ -16,7 +16,7 @@ that is normed.
 A term that is used again behind the sum is passed through: its other gradient
 then comes to the same backward kernel, which adds it in fp32.
 
-Sums of a branch with a weight a channel need none of this: ``Linear.scaled``
+Sums of a branch with a weight a channel need none of this: ``linear.scaled``
 puts the weight into the branch's last product, and what is left is a sum whose
 gradient is that of both terms as it is.
 """

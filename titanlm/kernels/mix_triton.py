@@ -9,10 +9,11 @@ from torch import Tensor
 
 from titanlm.kernels.jit import jit, tl, triton
 
-_ROWS = 2
-"""That a program has in hand at a time."""
-_PER_PROCESSOR = 8
-"""Programs of the backward pass for each multiprocessor. Both measured on an H200 at width 512."""
+FORWARD = (2, 512)
+BACKWARD = {2: (2, 1024), 3: (1, 512)}
+"""Rows that a program has in hand at a time, and elements of them that a warp has; of the backward pass by terms, for want of registers."""
+PER_PROCESSOR = 8
+"""Programs of the backward pass for each multiprocessor. All measured on an H200 at width 512."""
 
 
 @jit
@@ -93,9 +94,9 @@ def _mixed_backward(
         tl.store(own + 2 * D, tl.sum(sum2, 0), mask=inside)
 
 
-def _shape(terms: Sequence[Tensor]) -> dict[str, int]:
+def _shape(terms: Sequence[Tensor], rows: int, per_warp: int) -> dict[str, int]:
     width = triton.next_power_of_2(terms[0].shape[-1])
-    return {"D": terms[0].shape[-1], "WIDTH": width, "ROWS": _ROWS, "TERMS": len(terms), "num_warps": min(16, max(1, _ROWS * width // 1024))}
+    return {"D": terms[0].shape[-1], "WIDTH": width, "ROWS": rows, "TERMS": len(terms), "num_warps": min(16, max(1, rows * width // per_warp))}
 
 
 def mixed(terms: Sequence[Tensor], weights: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ def mixed(terms: Sequence[Tensor], weights: Tensor, eps: float) -> tuple[Tensor,
     x = terms[0]
     n_rows = x.numel() // x.shape[-1]
     out, normed = torch.empty_like(x), torch.empty_like(x)
-    _mixed[(triton.cdiv(n_rows, _ROWS),)](x, terms[1], terms[-1], weights, out, normed, n_rows, eps, **_shape(terms))
+    _mixed[(triton.cdiv(n_rows, FORWARD[0]),)](x, terms[1], terms[-1], weights, out, normed, n_rows, eps, **_shape(terms, *FORWARD))
     return out, normed
 
 
@@ -114,12 +115,13 @@ def mixed_backward(
     x = terms[0]
     n_rows = x.numel() // x.shape[-1]
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = min(triton.cdiv(n_rows, _ROWS), _PER_PROCESSOR * processors)
+    rows, per_warp = BACKWARD[len(terms)]
+    programs = min(triton.cdiv(n_rows, rows), PER_PROCESSOR * processors)
     sums = torch.empty(programs, *weights.shape, device=x.device, dtype=torch.float32)
     gradients = [torch.empty_like(term) for term in terms]
     extra = [x if each is None else each for each in carried]
     _mixed_backward[(programs,)](
         x, terms[1], terms[-1], weights, g_out, g_normed, extra[0], extra[1], extra[-1], gradients[0], gradients[1], gradients[-1], sums, n_rows, eps,
-        **_shape(terms), C0=carried[0] is not None, C1=carried[1] is not None, C2=carried[-1] is not None,
+        **_shape(terms, rows, per_warp), C0=carried[0] is not None, C1=carried[1] is not None, C2=carried[-1] is not None,
     )  # fmt: skip
     return gradients, sums.sum(0)

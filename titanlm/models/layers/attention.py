@@ -40,7 +40,7 @@ from titanlm.kernels.lengths import cumulative_lengths
 from titanlm.kernels.refusals import FLEX_HEAD_DIM, require
 from titanlm.kernels.rotate import RotatedHeads
 from titanlm.models.layers.compiled import compiled
-from titanlm.models.layers.linear import Linear
+from titanlm.models.layers.linear import Linear, scaled
 from titanlm.models.layers.norm import RMSNorm
 from titanlm.models.layers.product import Product, shared_product
 from titanlm.models.layers.rope import rotate
@@ -121,7 +121,7 @@ class Attention(nn.Module):
             y = attend_by_torch(self.backend, q, k, v, mask)
         if self.exclusive:
             y = exclude_own_value(y, own)
-        return self.o_proj.scaled(y.flatten(2), scale)
+        return scaled(self.o_proj, y.flatten(2), scale)
 
     def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         heads = (*x.shape[:-1], -1, self.head_dim)

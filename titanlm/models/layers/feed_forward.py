@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from titanlm.kernels.fused import fused
 from titanlm.kernels.relu2 import Relu2Network, relu2
-from titanlm.models.layers.linear import Linear
+from titanlm.models.layers.linear import Linear, scaled
 from titanlm.models.layers.product import shared_product
 
 Activation: TypeAlias = Literal["swiglu", "relu2", "leaky_relu2"]
@@ -49,4 +49,4 @@ class FeedForward(nn.Module):
             return network.view(x.shape)
         up = self.up_proj(x)
         inner = relu2(up, self.slope) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
-        return self.down_proj.scaled(inner, scale)
+        return scaled(self.down_proj, inner, scale)

@@ -33,19 +33,6 @@ class Linear(nn.Module):
         """(..., n_in) → (..., n_out), in the dtype of ``x``."""
         return product_of(self, "weight")(x, self.used_weight(x.dtype))
 
-    def scaled(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """What ``forward`` gives, times a number a channel, (n_out,) or None for no such thing.
-
-        Where the layer multiplies and does no more, by scaling the rows of the
-        weight: equal but for rounding, and neither the output nor its gradient
-        is gone over once more for it.
-        """
-        if scale is None:
-            return self(x)
-        if shared_product(self) is None:
-            return scale.to(x.dtype) * self(x)
-        return product_of(self, "weight")(x, self.used_weight(x.dtype, scale))
-
     def used_weight(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         """The weight as the product uses it, (n_out, n_in), its rows scaled: for who computes the product himself."""
         weight = in_use(self, "weight")
@@ -53,3 +40,18 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+def scaled(layer: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
+    """What a linear layer gives for ``x``, times a number a channel, (n_out,), or None for no such thing.
+
+    Where the layer multiplies and does no more, by scaling the rows of its
+    weight: equal but for rounding, and neither the output nor its gradient is
+    gone over once more for it.
+    """
+    if scale is None:
+        return layer(x)  # type: ignore[no-any-return]
+    product = shared_product(layer)
+    if product is None:
+        return scale.to(x.dtype) * layer(x)
+    return product(x, layer.used_weight(x.dtype, scale))  # type: ignore[operator]
