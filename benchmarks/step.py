@@ -2,8 +2,9 @@
 
     python benchmarks/step.py train_configs/debug.toml --warm-up 3 --steps 20
     python benchmarks/step.py train_configs/golf/pr369_logged.toml --train.micro_batch=64 --profile 30
+    python benchmarks/step.py train_configs/yxanul/yxanul_270m.toml --stage 6
 
-Steps are timed on the device, each from the end of the one before, without
+Of a curriculum it is the first stage, or that of ``--stage``, by itself. Steps are timed on the device, each from the end of the one before, without
 waiting for it in between; the median and the distance between the quartiles
 are of these. `--section.key=value` changes the config. Nothing is validated,
 saved or logged, and the run folder is a temporary one.
@@ -25,10 +26,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from titanlm.config import load
+from titanlm.config import RunConfig, load
+from titanlm.course import legs_of
 from titanlm.errors import TitanError
 from titanlm.metrics import GIB, peak_flops, peak_memory_gib
 from titanlm.train import Trainer
@@ -81,11 +84,20 @@ def roof() -> float:
     return 2 * 8192**3 / (statistics.median(before.elapsed_time(after) for before, after in zip(events[3:], events[4:])) / 1000)
 
 
+def stage_alone(config: RunConfig, number: int) -> RunConfig:
+    """The config of a run that is one stage of the curriculum from beginning to end. Raises TitanError when there is no such stage."""
+    legs = legs_of(config)
+    if not 1 <= number <= len(legs):
+        raise TitanError(f"--stage: {number}, and the curriculum has {len(legs)}")
+    leg = legs[number - 1]
+    return replace(config, curriculum=(), train=replace(config.train, seq_len=leg.seq_len, global_batch=leg.rows, clip=leg.clip or 0.0))
+
+
 def measure(options: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
     """What is printed, by name; seconds, bytes and FLOPs without a prefix."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = [f"--run.dir={folder}", "--run.name=step", "--validation=[]", "--logger=[]", "--checkpoint.every=0", "--train.steps=1_000_000"]
-        config = load(options.config, [*overrides, *quiet])
+        config = stage_alone(load(options.config, [*overrides, *quiet]), options.stage)
         started = time.perf_counter()
         with Trainer(config) as trainer:
             built_s = time.perf_counter() - started
@@ -103,7 +115,7 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict[str, obje
             step_s, quarters = statistics.median(times), statistics.quantiles(times, n=4)
             full, matrices = model.flops_per_token(phase.seq_len), model.flops_per_token(0)
             found |= {
-                "config": options.config, "overrides": overrides, "torch": torch.__version__,
+                "config": options.config, "overrides": overrides, "stage": options.stage, "torch": torch.__version__,
                 "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
                 "tokens_per_step": tokens, "steps": len(times), "step_s": step_s, "iqr_s": quarters[2] - quarters[0], "tokens_per_s": tokens / step_s,
                 "flops_per_s": full * tokens / step_s, "causal_flops_per_s": (full + matrices) / 2 * tokens / step_s,
@@ -116,7 +128,8 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict[str, obje
 def lines(found: dict[str, object], n_kernels: int) -> Iterator[str]:
     step_s: float = found["step_s"]  # type: ignore[assignment]
     yield f"{found['config']} {' '.join(found['overrides'])}"  # type: ignore[arg-type]
-    yield f"torch {found['torch']} on {found['device']}, {found['tokens_per_step']:,} tokens a step, {found['steps']} steps"
+    stage = "" if found["stage"] == 1 else f"stage {found['stage']}, "
+    yield f"{stage}torch {found['torch']} on {found['device']}, {found['tokens_per_step']:,} tokens a step, {found['steps']} steps"
     yield f"step            {1e3 * step_s:.2f} ms, quartiles {1e3 * found['iqr_s']:.2f} ms apart; the loader kept it waiting {found['stall']:.2%}"  # type: ignore[operator]
     yield f"tokens          {found['tokens_per_s']:,.0f} a second"
     yield f"memory          {found['peak_bytes'] / GIB:.2f} GiB at its peak"  # type: ignore[operator]
@@ -140,6 +153,7 @@ def main() -> int:
     parser.add_argument("config", help="train config; --section.key=value changes it")
     parser.add_argument("--warm-up", type=int, default=20, metavar="N", help="steps before the timed ones (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="timed steps, at least 2 (default: %(default)s)")
+    parser.add_argument("--stage", type=int, default=1, metavar="N", help="of the config's curriculum (default: %(default)s)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")
     parser.add_argument("--roof", action="store_true", help="measure a large matrix product first")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of text")

@@ -51,6 +51,15 @@ def test_text_and_what_is_no_override() -> None:
     assert "train.seqlen" in wrong.stderr
 
 
+def test_a_stage_of_a_curriculum() -> None:
+    stages = "--curriculum=[{start_step=0,seq_len=8,batch=4},{start_step=2,seq_len=16,batch=1,accumulation=2}]"
+    done = started("step", "train_configs/debug.toml", "--warm-up", "0", "--steps", "2", "--stage", "2", *SMALL, stages)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^stage 2, torch .* 32 tokens a step", done.stdout, re.MULTILINE)
+    wrong = started("step", "train_configs/debug.toml", "--stage", "3", *SMALL, stages)
+    assert (wrong.returncode, wrong.stderr) == (2, "--stage: 3, and the curriculum has 2\n")
+
+
 def test_two_commands_in_turn(tmp_path: Path) -> None:
     (tmp_path / "says.py").write_text("import sys; print('1 ms'); print(sys.argv[1], 'ms')")
     a, b = (f"{sys.executable} {tmp_path}/says.py {number}" for number in (4, 10))
