@@ -15,8 +15,9 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-# One thread: on few cores a second one waits on whatever else runs there.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread, and one that sleeps where it waits: on few cores a second one, or one
+# that spins, waits on whatever else runs there.
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: demo test slow check setup clean
 
@@ -33,10 +34,10 @@ demo: setup
 	$(BIN)/python recipes/quickstart/demo.py
 
 test: setup
-	$(TEST) -q -n 2 --dist worksteal -m "not slow and not gpu"
+	$(TEST) -m "not slow and not gpu"
 
 slow: setup
-	$(TEST) -q -m "slow and not gpu"
+	$(TEST) -m "slow and not gpu"
 
 check: setup
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported: on few cores a second thread waits on whatever else runs there.
+# Before torch is imported: on few cores a second thread waits on whatever else runs there, and one that spins takes its core away.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 import string
@@ -14,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Those that may take longest begin first, so that no process is left alone with them at the end."""
+    usual = float(config.getini("timeout"))
+    allowed = {item: max(usual, *map(float, marker.args)) for item in items if (marker := item.get_closest_marker("timeout"))}
+    items.sort(key=lambda item: -allowed.get(item, usual))
 
 
 def sentences(n: int, seed: int = 0) -> str:

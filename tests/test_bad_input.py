@@ -396,6 +396,7 @@ def test_sampling_options(refuse: Refuse, trained: Path) -> None:
 
 
 # ---------------------------------------------------------------- a real process
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tiny: Path) -> None:
     """Through the interpreter's own door: status, one piece on stderr, nothing on stdout; and no CUDA context for config mistakes."""
     code = (

@@ -140,12 +140,12 @@ def test_one_failure_stops_the_other_files(tmp_path: Path, monkeypatch: pytest.M
     """They notice at their next chunk, however much is left."""
     chunks: list[str] = []
     monkeypatch.setattr(checkpoint_copy, "_CHUNK_BYTES", 1)
-    ready = threading.Barrier(4, timeout=60)  # all four are under way before one of them fails
+    ready = threading.Barrier(5, timeout=60)  # all that are not empty are under way before one of them fails
 
     class Broken(checkpoint_copy._Progress):
         def add(self, n_bytes: int) -> None:
-            chunks.append(threading.current_thread().name)
-            if chunks.count(chunks[-1]) == 1 and ready.wait() == 0:
+            chunks.append(name := threading.current_thread().name)
+            if chunks.count(name) == 1 and ready.wait() == 0:
                 raise OSError(28, "full")
 
     monkeypatch.setattr(checkpoint_copy, "_Progress", Broken)

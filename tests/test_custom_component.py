@@ -133,6 +133,7 @@ def test_a_mistake_in_its_settings_is_found_like_any_other(site: Path, folder: P
     assert "packer.name: no packer named 'one_documents'; did you mean 'one_document'?" in problems
 
 
+@pytest.mark.slow
 def test_trains_exports_and_resumes_to_the_bit(site: Path, folder: Path) -> None:
     straight = train(site, folder, "straight", 20, "--export.at_end=true", "--export.max_bytes=75_000")
     assert 0.97 * 75_000 < (straight / "artifact.titanlm").stat().st_size <= 75_000
@@ -191,6 +192,7 @@ def test_interrupted_run_goes_on_to_the_bit(site: Path, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- the second door: imports
+@pytest.mark.slow
 def test_imports_door(site: Path, folder: Path, tmp_path: Path) -> None:
     words = ["through_imports.toml", "--train.steps=3", "--train.seq_len=32", "--train.device=cpu", "--validation.0.max_tokens=500"]
     bare = tmp_path / "nothing installed"

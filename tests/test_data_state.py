@@ -222,8 +222,8 @@ def test_losses_and_tokens_of_each_source_are_logged_and_resume_exactly(tiny: Pa
 
 def test_unreadable_rows_are_counted_named_and_may_be_passed_over(tiny: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus.write_bytes(corpus.read_bytes() + b"\n\nbroken \xff paragraph")
-    settings = ["--data.n_streams=1", "--dataset.validation_fraction=0", "--validation=[]", "--train.steps=8"]
-    settings += ["--train.seq_len=2000", "--model.max_positions=2000"]
+    settings = ["--data.n_streams=1", "--dataset.validation_fraction=0", "--validation=[]", "--train.steps=16"]
+    settings += ["--train.seq_len=500", "--model.max_positions=500"]
     capsys.readouterr()
     assert main(["train", str(tiny), *settings, "--run.name=strict"]) == 2
     assert re.search(r'is not UTF-8 .*data\.on_error = "skip"', capsys.readouterr().err)

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_it_prints_a_line_for_each_way_to_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words to read\n" * 2000, encoding="utf-8")
     options = ["--tokens", "200000", "--document-tokens", "50", "--seq-len", "64", "--workers", "0", "1", "--seconds", "0.2"]

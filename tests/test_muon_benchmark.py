@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_it_prints_a_line_for_each_number_of_steps() -> None:
     options = ["--layers", "2", "--width", "16", "--steps", "1", "5", "--repeats", "3"]
     command = [sys.executable, "benchmarks/muon.py", *options]

@@ -41,6 +41,7 @@ def test_a_step_and_its_kernels() -> None:
     assert any("mm" in name for name in found["kernels"])
 
 
+@pytest.mark.slow
 def test_text_and_what_is_no_override() -> None:
     done = started("step", "train_configs/debug.toml", "--warm-up", "0", "--steps", "2", *SMALL)
     assert done.returncode == 0, done.stderr
@@ -51,6 +52,7 @@ def test_text_and_what_is_no_override() -> None:
     assert "train.seqlen" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_curriculum() -> None:
     stages = "--curriculum=[{start_step=0,seq_len=8,batch=4},{start_step=2,seq_len=16,batch=1,accumulation=2}]"
     done = started("step", "train_configs/debug.toml", "--warm-up", "0", "--steps", "2", "--stage", "2", *SMALL, stages)

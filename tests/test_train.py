@@ -98,6 +98,7 @@ def test_killed_after_seven_steps_and_resumed_is_bitwise_equal(tiny: Path, strai
     assert_same_state(state_of(straight), state_of(killed))
 
 
+@pytest.mark.slow
 def test_five_resumes_in_a_row(tiny: Path, straight: Path) -> None:
     for steps in (3, 4, 5, 9, 20):
         run(tiny, "--run.name=often", f"--train.steps={steps}", "--scheduler=constant")
@@ -178,6 +179,7 @@ def test_interrupted_in_the_middle_of_accumulation(tiny: Path, straight: Path, n
     assert_same_state(state_of(straight), state_of(interrupted))
 
 
+@pytest.mark.slow
 def test_command_exits_130_on_ctrl_c_and_resumes(tiny: Path) -> None:
     command = [sys.executable, "-m", "titanlm", "train", str(tiny), "--run.name=cli", "--train.steps=100000", "--checkpoint.every=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -75,7 +75,8 @@ def test_priming_after_a_resume_changes_nothing(tiny: Path) -> None:
 
 def test_priming_with_less_data_than_it_asks_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each phase is run all the same, at the present step, and the data is where it was."""
-    overrides = ["--run.name=x", "--train.priming_steps=40", "--data.epochs=1", "--train.global_batch=64", QAT, "--qat.start_fraction=0.5"]
+    overrides = ["--run.name=x", "--train.priming_steps=40", "--data.epochs=1", QAT, "--qat.start_fraction=0.5"]
+    overrides += ["--train.global_batch=64", "--train.micro_batch=64"]
     with Trainer(load(tiny, overrides)) as trainer:
         seen = set()
         set_schedules = trainer._set_schedules

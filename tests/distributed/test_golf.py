@@ -34,19 +34,15 @@ def logged(run: Path, name: str) -> list[float]:
     return [row[name] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if name in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "strategy"),
     [
         (2, ("--parallel.strategy=replicate",)),
-        *(
-            pytest.param(ranks, how, marks=pytest.mark.slow)
-            for ranks, how in (
-                (4, ("--parallel.strategy=replicate",)),
-                (2, ("--parallel.strategy=fsdp2",)),
-                (4, ("--parallel.strategy=fsdp2",)),
-                (4, ("--parallel.strategy=hsdp", "--parallel.shards=2")),
-            )
-        ),
+        (4, ("--parallel.strategy=replicate",)),
+        (2, ("--parallel.strategy=fsdp2",)),
+        (4, ("--parallel.strategy=fsdp2",)),
+        (4, ("--parallel.strategy=hsdp", "--parallel.shards=2")),
     ],
     ids=lambda value: value[0].rpartition("=")[2] if isinstance(value, tuple) else str(value),
 )

@@ -62,7 +62,8 @@ with ranks():
     on_ranks(code, ranks=ranks, env=ALONE if ranks == 1 else None).expect(0, timeout_s=40)
 
 
-@pytest.mark.parametrize("how", ["fsdp2", pytest.param("replicate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "replicate"])
 def test_compiled_equals_one_process(on_ranks: Any, how: str) -> None:
     """With ranks that have nothing of a bank."""
     code = f"""{RANK}

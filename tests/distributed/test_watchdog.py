@@ -82,6 +82,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, 
         pair.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_i3_a_killed_rank_is_named_by_the_one_whose_collective_fails(ranks: dict[tuple[str, int], Ranks]) -> None:
     pair = ranks["SIGKILL", 1]

@@ -45,6 +45,7 @@ def steps(root: Path) -> list[int]:
 
 
 # ---------------------------------------------------------------- A1
+@pytest.mark.slow
 def test_a1_killed_at_random_moments_and_started_again(tmp_path: Path, zygote: Any) -> None:
     """Losses, scores and the whole state at the end are those of a run that was left alone; no more is lost than the steps since the last save."""
     training = kill_trials.Training(zygote, tmp_path, random.Random(3))

@@ -64,8 +64,8 @@ MOMENTS = {
     "saving": "at_call(2, checkpoint, 'write_tensors', lambda: (send(), time.sleep(1)))",
     "starting the loader": "at_call(1, data.Loader, 'next', send)",
 }
-ALWAYS = {("accumulating", signal.SIGTERM, 1), ("saving", signal.SIGINT, 0)}
-"""The cases that are not slow."""
+ALWAYS = {("saving", signal.SIGINT, 0)}
+"""The case that is not slow."""
 
 
 def before(what: str, number: int = signal.SIGTERM, ranks: tuple[int, ...] = (1,)) -> str:
@@ -189,7 +189,7 @@ def verdict(launched: Any) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(("fault", "status"), [("killed", -signal.SIGKILL), ("failing", 1)])
+@pytest.mark.parametrize(("fault", "status"), [pytest.param("killed", -signal.SIGKILL, marks=pytest.mark.slow), ("failing", 1)])
 def test_i3_a_rank_that_dies_is_named_and_ends_all(two: Two, faulty: dict[str, Any], fault: str, status: int) -> None:
     """By a kill or by a bug; the next start goes on from the last checkpoint."""
     launched = faulty[fault]

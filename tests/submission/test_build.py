@@ -68,6 +68,7 @@ def test_two_seeds_become_a_folder_that_verifies(tiny, tmp_path):
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_what_was_settled_after_training(tiny, tmp_path):
     run = trained(tiny, "a", "--export.max_bytes=1000", '--logger=["golf", "jsonl"]')
     build([run], tmp_path / "s", ABOUT, overrides=["--export.max_bytes=200_000", '--quantizer=[{name="int8"}]'])

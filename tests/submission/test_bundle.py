@@ -374,6 +374,7 @@ def test_what_is_left_out_is_stood_in_for(package):
             names[name](1, key=2)
 
 
+@pytest.mark.slow
 def test_what_only_some_configs_use_is_left_out_of_others(pr369):
     config = golf("pr369", "--quantizer.1.rounding=gptq", '--dataset.paths=["s3://b/x_train_*.bin"]')
     told, without = bundle(config).content, pr369["compressed"].content

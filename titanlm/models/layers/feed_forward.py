@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from titanlm.kernels.fused import fused
 from titanlm.kernels.relu2 import Relu2Network, relu2
 from titanlm.models.layers.linear import Linear, scaled
-from titanlm.models.layers.product import shared_product
+from titanlm.models.layers.product import plain_product, shared_product
 
 Activation: TypeAlias = Literal["swiglu", "relu2", "leaky_relu2"]
 SLOPES = {"relu2": 0.0, "leaky_relu2": 0.5}
@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Times ``scale`` (D,), if there is one."""
-        if self.fuses and fused(x) and shared_product(self.up_proj, self.down_proj) is F.linear:
+        if self.fuses and fused(x) and shared_product(self.up_proj, self.down_proj) is plain_product:
             weights = self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype, scale)
             network: Tensor = Relu2Network.apply(x.flatten(0, -2), *weights, self.slope)
             return network.view(x.shape)

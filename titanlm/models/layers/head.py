@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.models.layers.embedding import Embedding
-from titanlm.models.layers.product import Product, product_of
+from titanlm.models.layers.product import Product, plain_product, product_of
 from titanlm.models.layers.rounding import in_use, is_rounding
 from titanlm.models.layers.softcap import Softcap
 
@@ -70,8 +70,8 @@ def needs_alignment(x: Tensor, weight: Tensor) -> bool:
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """(..., D) times the transpose of (V, D); not contiguous on CUDA where V has to be padded."""
     if not needs_alignment(x, weight):
-        return F.linear(x, weight)
-    return aligned_product(x, weight, F.linear, _ROW_BYTES // x.element_size())
+        return plain_product(x, weight)
+    return aligned_product(x, weight, plain_product, _ROW_BYTES // x.element_size())
 
 
 class Head(nn.Module):
