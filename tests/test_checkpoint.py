@@ -206,6 +206,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path: Path, zygote: Any) -> None:
     """One, two and four, of parameters that do not divide evenly, on flat and two-dimensional meshes: parameters and moments are equal bit for bit."""

@@ -125,6 +125,7 @@ def test_free_memory_of_the_host_is_some_of_it() -> None:
 
 
 # ---------------------------------------------------------------- a run
+@pytest.mark.slow
 def test_a_run_is_bit_for_bit_that_with_the_number_given_by_hand(two_rows: Path) -> None:
     probed = run(two_rows, "--run.name=auto", AUTO, "--train.validate_every=5")
     by_hand = run(two_rows, "--run.name=hand", "--train.micro_batch=2", "--train.validate_every=5")
@@ -190,6 +191,7 @@ def counted(init: Any) -> Any:
     return __init__
 
 
+@pytest.mark.slow
 def test_resume_goes_by_what_was_chosen(two_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = ("--run.name=r", AUTO, "--scheduler=constant")
     run(two_rows, *short, "--train.steps=3")

@@ -355,7 +355,7 @@ def test_what_stages_differ_in_is_not_overridden(two: Path) -> None:
 
 
 # ---------------------------------------------------------------- plans
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", [pytest.param(file, marks=[pytest.mark.slow] * (file.parent.name == "yxanul"), id=file.parent.name) for file in SHIPPED])
 def test_every_shipped_recipe_plans(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where there is neither data nor a network nor a tokenizer."""
     monkeypatch.chdir(tmp_path)

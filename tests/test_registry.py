@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,16 +46,19 @@ def place_of(factory: Any) -> str:
     return f"{__file__}:{factory.__code__.co_firstlineno}"
 
 
-def test_a_function_and_a_class_can_be_registered_and_built() -> None:
+def test_a_function_and_a_class_can_be_registered_and_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def function(config: GoodConfig, *, named_params: list[str], extra: int = 3) -> tuple[Any, ...]:
         return config, named_params, extra
 
+    assert register("optimizer", "fake")(function) is function
+    monkeypatch.setattr(inspect, "findsource", None)  # parses the file, which of a submission is long
+
+    @register("scheduler", "fake")
     class Thing:
         def __init__(self, config: GoodConfig, *, total_steps: int) -> None:
             self.config, self.total_steps = config, total_steps
 
-    assert register("optimizer", "fake")(function) is function
-    assert register("scheduler", "fake")(Thing) is Thing
+    assert lookup("scheduler", "fake").place == f"{__file__}:{Thing.__init__.__code__.co_firstlineno - 2}"
     entry = lookup("optimizer", "fake")
     assert (entry.settings, entry.runtime, entry.place) == (GoodConfig, frozenset({"named_params"}), place_of(function))
     component = Component.named("optimizer", "fake", lr=2.0)

@@ -295,6 +295,7 @@ def eight_graphs() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eight_graphs")
 def test_every_shape_mode_and_phase_of_differing_blocks_gets_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eighteen graphs of one code object, where torch by itself allows eight."""

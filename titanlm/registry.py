@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from titanlm.errors import RegistryError
@@ -303,7 +304,7 @@ def register(kind: str, name: str) -> Callable[[_F], _F]:
         raise RegistryError(f"no kind {kind!r}{did_you_mean(kind, KINDS)} (kinds: {', '.join(KINDS)})")
 
     def decorate(factory: _F) -> _F:
-        entry = _inspect(KINDS[kind], name, factory)
+        entry = _inspect(KINDS[kind], name, factory, _place(factory, sys._getframe(1)))
         taken = _entries.get((kind, name))
         if taken is not None and taken.place != entry.place:
             raise RegistryError(f"{entry.place}: {kind} {name!r} is already registered at {taken.place}")
@@ -316,12 +317,17 @@ def register(kind: str, name: str) -> Callable[[_F], _F]:
     return decorate
 
 
-def _inspect(kind: Kind, name: str, factory: Callable[..., Any]) -> Entry:
-    code = inspect.unwrap(factory)
-    try:
-        place = f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
-    except (OSError, TypeError):
-        place = f"{factory.__module__}.{factory.__qualname__}"
+def _place(factory: Callable[..., Any], caller: FrameType) -> str:
+    """File and line of a function, or of where a class is registered, which for a decorated one is its own.
+
+    Before Python 3.13 `inspect` parses the whole file to find a class: half a
+    second a time in a submission, which is one file.
+    """
+    code = getattr(inspect.unwrap(factory), "__code__", None)
+    return f"{caller.f_code.co_filename}:{caller.f_lineno}" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _inspect(kind: Kind, name: str, factory: Callable[..., Any], place: str) -> Entry:
     here = f"{place}: {kind.name} {name!r}"
     parameters = list(inspect.signature(factory).parameters.values())
     if not parameters:

@@ -153,7 +153,8 @@ with ranks():
 MUON = '--optimizer=[{name="muon", ns_dtype="fp32", weight_decay=0.1}, {name="adamw", lr=1e-2}]'
 
 
-@pytest.mark.parametrize("how", ["fsdp2", pytest.param("replicate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "replicate"])
 def test_a_run_resumed_on_other_ranks_equals_one_process(resumed_on_other_ranks: Any, how: str) -> None:
     """Rows of d_ff = 66 do not divide by four."""
     resumed, alone = resumed_on_other_ranks(how, MUON, "--model.d_ff=66")

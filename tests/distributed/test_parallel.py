@@ -59,15 +59,16 @@ def test_losses_and_scores_equal_one_process(tiny: Path, zygote: Any, alone: Pat
     assert close(list(scores(several).values()), list(scores(alone).values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "own"),
     [
         (["--model.tie_embeddings=false"], []),
-        pytest.param(["--model.embedding_rank=8"], [], marks=pytest.mark.slow),
-        pytest.param(["--train.precision=bf16"], [], marks=pytest.mark.slow),
-        pytest.param([], ["--train.activation_checkpointing=selective", "--parallel.prefetch_blocks=1", *KEPT], marks=pytest.mark.slow),
-        pytest.param([], ["--parallel.cpu_offload=true", "--train.activation_checkpointing=full"], marks=pytest.mark.slow),
-        pytest.param(["--train.sample_every=2", "--train.validate_every=1"], [], marks=pytest.mark.slow),
+        (["--model.embedding_rank=8"], []),
+        (["--train.precision=bf16"], []),
+        ([], ["--train.activation_checkpointing=selective", "--parallel.prefetch_blocks=1", *KEPT]),
+        ([], ["--parallel.cpu_offload=true", "--train.activation_checkpointing=full"]),
+        (["--train.sample_every=2", "--train.validate_every=1"], []),
     ],
     ids=["untied", "factorised", "bf16", "kept", "offload", "sampling"],
 )

@@ -93,6 +93,7 @@ def test_i3_a_killed_rank_is_named_by_the_one_whose_collective_fails(ranks: dict
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_i3_a_stopped_rank_is_named_and_the_waiting_one_ends(ranks: dict[tuple[str, int], Ranks]) -> None:
     pair = ranks["SIGSTOP", 1]
@@ -108,6 +109,7 @@ def test_i3_a_stopped_rank_is_named_and_the_waiting_one_ends(ranks: dict[tuple[s
     assert pair.end(1)[0] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_i3_a_stopped_server_of_the_store_blocks_nobody(ranks: dict[tuple[str, int], Ranks]) -> None:
     status, _, errors = ranks["SIGSTOP", 0].end(1)
@@ -115,6 +117,7 @@ def test_i3_a_stopped_server_of_the_store_blocks_nobody(ranks: dict[tuple[str, i
     assert "the process that serves it (the launcher, or rank 0) is gone, stopped or cut off. Rank 1 stood still for " in errors
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_i4_a_hanging_rank_is_named_by_both_and_both_end(ranks: dict[tuple[str, int], Ranks]) -> None:
     pair = ranks["hang", 1]

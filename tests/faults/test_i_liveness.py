@@ -20,7 +20,7 @@ import pytest
 from titanlm import checkpoint
 from titanlm.distributed.watchdog import HUNG
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10
@@ -64,8 +64,6 @@ MOMENTS = {
     "saving": "at_call(2, checkpoint, 'write_tensors', lambda: (send(), time.sleep(1)))",
     "starting the loader": "at_call(1, data.Loader, 'next', send)",
 }
-ALWAYS = {("saving", signal.SIGINT, 0)}
-"""The case that is not slow."""
 
 
 def before(what: str, number: int = signal.SIGTERM, ranks: tuple[int, ...] = (1,)) -> str:
@@ -111,7 +109,7 @@ def two(zygote: Any, tmp_path_factory: pytest.TempPathFactory) -> Two:
 @pytest.mark.parametrize(
     ("moment", "number", "rank"),
     [
-        pytest.param(moment, number, rank, marks=() if (moment, number, rank) in ALWAYS else pytest.mark.slow, id=f"{moment}-{number.name}-{rank}")
+        pytest.param(moment, number, rank, id=f"{moment}-{number.name}-{rank}")
         for moment in MOMENTS
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         for rank in range(2)
@@ -126,9 +124,7 @@ def test_i1_a_signal_to_one_rank_saves_and_ends_all(two: Two, moment: str, numbe
     two.require_same_end(name)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGUSR1))], ids=lambda number: number.name
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_i2_a_signal_to_the_whole_group_reaches_data_workers_too(two: Two, number: signal.Signals) -> None:
     """As Ctrl-C in a terminal: every process gets it, and the launcher hands it on once more."""
     everywhere, name = "at_call(8, interrupts.Interrupts, 'check', lambda: [(os.killpg(0, NUMBER), time.sleep(0.2)) for _ in range(2)])", f"group-{number.name}"
@@ -137,7 +133,6 @@ def test_i2_a_signal_to_the_whole_group_reaches_data_workers_too(two: Two, numbe
     two.require_same_end(name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)], ids=["TERM", "INT", "Ctrl-C"])
 def test_i2_signals_to_torchrun(two: Two, number: signal.Signals, group: bool) -> None:
     name = f"torchrun-{number.name}-{group}"
@@ -189,7 +184,7 @@ def verdict(launched: Any) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(("fault", "status"), [pytest.param("killed", -signal.SIGKILL, marks=pytest.mark.slow), ("failing", 1)])
+@pytest.mark.parametrize(("fault", "status"), [("killed", -signal.SIGKILL), ("failing", 1)])
 def test_i3_a_rank_that_dies_is_named_and_ends_all(two: Two, faulty: dict[str, Any], fault: str, status: int) -> None:
     """By a kill or by a bug; the next start goes on from the last checkpoint."""
     launched = faulty[fault]
@@ -227,7 +222,6 @@ def test_i4_a_hanging_loader_is_named_with_its_place_and_ends_all(two: Two, faul
     two.require_same_end("hanging")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["killed", "stopped", "failing"])
 def test_i3_rank_0_takes_the_store_with_it_and_is_named_all_the_same(two: Two, fault: str) -> None:
     name = f"first-{fault}"

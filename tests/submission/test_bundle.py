@@ -78,6 +78,7 @@ def test_modules_are_those_of_the_run(pr369):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sizes(pr369):
     for made in (pr369["compressed"], bundle(golf("pr369_logged"))):
         assert made.n_bytes == len(made.content) <= MAX_COMPRESSED_BYTES

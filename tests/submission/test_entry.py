@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from titanlm.config import dump, load
+from titanlm.config import _adapter, dump, load
 from titanlm.datasets.prepare import prepare, request_of
 from titanlm.errors import TitanError
+from titanlm.registry import PYDANTIC_CONFIG
 from titanlm.submission import isolated
 from titanlm.submission.bundle import bundle
 from titanlm.submission.entry import adapted, export, main, with_max_tokens
@@ -19,6 +20,14 @@ from titanlm.train import Trainer
 
 STEPS = 20
 LOGGERS = '--logger=["golf", "jsonl"]'
+
+
+@pytest.fixture(autouse=True)
+def descriptions(monkeypatch):
+    """``main`` does without what settings mean, for the whole process."""
+    monkeypatch.setitem(PYDANTIC_CONFIG, "use_attribute_docstrings", True)
+    yield
+    _adapter.cache_clear()
 
 
 @pytest.fixture
@@ -113,7 +122,10 @@ def test_values_that_are_no_numbers(golf, name, value):
         adapted(dump(load(golf)), {name: value})
 
 
-def test_words_that_mean_nothing(golf, capsys):
+def test_words_that_mean_nothing(golf, capsys, monkeypatch):
+    """Said soon: the file, which is long, is not parsed for every class of settings."""
+    _adapter.cache_clear()
+    monkeypatch.setattr("inspect.findsource", None)
     assert main(["--evaluate", "x"], dump(load(golf)), "train_gpt.py") == 2
     assert "--eval ARTIFACT [--max-tokens N]" in capsys.readouterr().err
 

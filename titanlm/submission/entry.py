@@ -41,7 +41,7 @@ from titanlm.exporters.encoding import decode_tensors
 from titanlm.interrupts import Interrupted
 from titanlm.loggers.golf import final_lines
 from titanlm.loggers.text import printable
-from titanlm.registry import Component
+from titanlm.registry import PYDANTIC_CONFIG, Component
 from titanlm.targets import materialise, require_tokenizer
 from titanlm.train import Trainer
 
@@ -50,6 +50,8 @@ ARTIFACT = "model.titanlm"
 
 def main(words: Sequence[str], config_toml: str, script: str) -> int:
     """Train, or with ``--eval ARTIFACT [--max-tokens N]`` score; the exit status."""
+    # Nobody reads what settings mean here, and before Python 3.13 each class is looked for by parsing the file, which is long.
+    PYDANTIC_CONFIG["use_attribute_docstrings"] = False
     try:
         config = adapted(config_toml, os.environ)
         if not words:
