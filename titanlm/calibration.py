@@ -21,12 +21,12 @@ from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.errors import TitanError
 from titanlm.models.layers.head import Head
 from titanlm.models.layers.linear import Linear
+from titanlm.models.layers.product import plain_product
 from titanlm.models.layers.rounding import in_use
 
 if TYPE_CHECKING:
@@ -98,4 +98,4 @@ def _inputs(owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What each of the module's matrices is multiplied with when the module is called with ``x``."""
     if not isinstance(owner, Head) or owner.projection is None:
         return {"weight": x}
-    return {"projection": x, "weight": F.linear(x, in_use(owner, "projection").to(x.dtype))}
+    return {"projection": x, "weight": plain_product(x, in_use(owner, "projection").to(x.dtype))}
