@@ -21,7 +21,7 @@ from titanlm.distributed import compile_cache
 from titanlm.distributed.compile import compile_module
 from titanlm.distributed.compile_cache import COMPILE_CACHE, CompileCache, cache_file, made_by
 from titanlm.errors import TitanError
-from titanlm.kernels import triton_cache
+from titanlm.kernels import products_quack, triton_cache
 from titanlm.train import Trainer
 
 CPU = torch.device("cpu")
@@ -153,6 +153,28 @@ def test_kernels_of_flash_attention_4_come_along(tmp_path: Path, torch_cache: li
     assert str(CompileCache(tmp_path, CPU).load()).endswith("fwd: File exists; what it holds is compiled anew")
 
 
+def test_kernels_of_quack_come_along(tmp_path: Path, torch_cache: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the products that were used, by the package's own names for its files."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for name in ("print/compile-a.o", "print/compile-unused.o", "of another version/compile-a.o"):
+        (one / name).parent.mkdir(parents=True, exist_ok=True)
+        (one / name).write_text(name)
+    host, cache, jit = (ModuleType(f"quack.{name}") for name in ("gemm_runtime.host", "cache", "cache.jit"))
+    host._compile_gemm_epi = SimpleNamespace(cache={("a",): 0, ("in memory alone",): 0}, __qualname__="compile")  # type: ignore[attr-defined]
+    jit._compute_source_fingerprint, jit._key_to_hash = lambda: "print", "-".join  # type: ignore[attr-defined]
+    cache.jit = jit  # type: ignore[attr-defined]
+    assert "quack" not in sys.modules
+    assert products_quack.kernels_in_use() == []  # nothing is imported to find that out
+    for module in (ModuleType("quack"), host, cache, jit):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("QUACK_CACHE_DIR", str(one))
+    assert CompileCache(tmp_path, CPU).write() is not None
+
+    monkeypatch.setenv("QUACK_CACHE_DIR", str(other))
+    assert str(CompileCache(tmp_path, CPU).load()).startswith("compiled before")
+    assert {path.relative_to(other).as_posix(): path.read_text() for path in other.rglob("*.o")} == {"print/compile-a.o": "print/compile-a.o"}
+
+
 def test_kernels_of_triton_come_along(tmp_path: Path, torch_cache: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in use and what launches them, but for inductor's and for texts; where they are unpacked Triton is told of them."""
     one, other = tmp_path / "one", tmp_path / "other"
@@ -252,7 +274,7 @@ from titanlm.train import Trainer
 with Trainer(load(sys.argv[1], sys.argv[2:])) as trainer:
     trainer.train()
 found = {name: dict(counters[name]) for name in ("inductor", "aot_autograd")}
-print(json.dumps({name: value for each in found.values() for name, value in each.items() if "cache" in name}))
+print(json.dumps({name: value for each in found.values() for name, value in each.items() if "cache" in name or name.endswith("benchmark_gpu")}))
 """
 
 
@@ -278,6 +300,7 @@ def test_a_fresh_machine_compiles_no_graph_again(tiny: Path, tmp_path: Path, dev
     warm = started(tiny, tmp_path / "second", "--run.name=a", "--train.steps=4", *common)
     assert warm.get("fxgraph_cache_miss", 0) == warm.get("autograd_cache_miss", 0) == 0
     assert warm["autograd_cache_hit"] > 0
+    assert [name for name in warm if name.endswith("benchmark_gpu")] == []  # nor is timed again which form of a kernel is fastest
     assert "compiled before" in (cache.parent / "log.txt").read_text()
 
 

@@ -149,9 +149,8 @@ def row_of(ids: np.ndarray) -> Row:
 
 
 # ---------------------------------------------------------------- around a kernel
-@pytest.mark.parametrize(("documents", "apart"), [(True, 1024), (False, 1024), (False, 0)])
-def test_values_and_gradients_are_those_of_a_loop(flash4: None, documents: bool, apart: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titanlm.kernels.flash4.APART", apart)
+@pytest.mark.parametrize("documents", [True, False])
+def test_values_and_gradients_are_those_of_a_loop(flash4: None, documents: bool) -> None:
     begins = BEGINS if documents else [[0, 12]] * 3
     lengths = cumulative_lengths(IDS, 8) if documents else None
     q, k, v, g = drawn(dtype=torch.float64)
@@ -205,19 +204,29 @@ def test_any_two_are_one_graph(forward: str, backward: str) -> None:
     assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("heads", "backend", "documents", "copies"), [
+    ((8, 4), "cudnn+flash4", False, 2), ((8, 4), "cudnn+flash4", True, 1), ((8, 4), "cudnn", False, 1), ((8, 2), "flash4", False, 1), ((4, 4), "flash4", False, 1),
+])  # fmt: skip
+def test_keys_are_written_out_where_that_was_measured_to_gain(heads: tuple[int, int], backend: str, documents: bool, copies: int) -> None:
+    made = attention.Attention(64, *heads, 8, qk_norm="none", norm_eps=1e-6, backend=backend)
+    mask = torch.zeros(3, dtype=torch.int32) if documents else None
+    assert made._copies(_kernels(backend, mask, torch.empty(1, 2, 64), 8), mask) == copies
+    assert made._copies(None, mask) == 1
+
+
 def test_what_auto_is_without_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, wide = torch.empty(1, 2, 4, 64), torch.empty(1, 2, 4, 256)
-    assert _kernels("auto", None, q) is None  # on the CPU
+    x = torch.empty(1, 2, 256)
+    assert _kernels("auto", None, x, 64) is None  # on the CPU
     monkeypatch.setattr(attention, "fused", lambda q: True)
     for has_flash4, deterministic, chosen in ((True, False, "flash4"), (True, True, "flash4"), (False, False, "cudnn"), (False, True, None)):
         monkeypatch.setattr(attention, "HAS_FLASH4", has_flash4)
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda deterministic=deterministic: deterministic)
-        assert _kernels("auto", None, q) == (chosen and ("cudnn", chosen))
-        assert _kernels("auto", None, wide) is None
-        assert _kernels("auto", torch.ones(1, 1, 2, 2, dtype=torch.bool), q) is None
-    assert _kernels("cudnn+flash4", None, q) == ("cudnn", "flash4")
-    assert _kernels("varlen", None, q) == ("varlen", "varlen")
-    assert _kernels("sdpa", None, q) is _kernels("flex", None, q) is _kernels("math", None, q) is None
+        assert _kernels("auto", None, x, 64) == (chosen and ("cudnn", chosen))
+        assert _kernels("auto", None, x, 256) is None
+        assert _kernels("auto", torch.ones(1, 1, 2, 2, dtype=torch.bool), x, 64) is None
+    assert _kernels("cudnn+flash4", None, x, 64) == ("cudnn", "flash4")
+    assert _kernels("varlen", None, x, 64) == ("varlen", "varlen")
+    assert _kernels("sdpa", None, x, 64) is _kernels("flex", None, x, 64) is _kernels("math", None, x, 64) is None
 
 
 def drawn_fakes() -> list[Tensor]:
@@ -368,7 +377,7 @@ def test_kernels_agree_with_plain_products(backend: str, documents: bool, width:
     def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         mask = attention_mask(batch, backend, None, width, dtype)
-        kernels = _kernels(backend, mask, inputs[0])
+        kernels = _kernels(backend, mask, inputs[0], width)
         y = CausalAttention.apply(*inputs, mask, *kernels) if kernels else attend_by_torch(backend, *inputs, mask)
         y.backward(g.to(dtype))
         return [y.detach().double(), *(x.grad.double() for x in inputs)]

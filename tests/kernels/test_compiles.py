@@ -69,9 +69,11 @@ def rotations() -> Iterator[Callable[[], Any]]:
     table = drawn(2, 64, 1, 32, dtype=torch.float32)
     for norms, gain, eps in ((None, drawn(8, dtype=torch.float32), 1e-6), (drawn(2, 64, dtype=torch.float32), None, 1e-6), (None, None, None)):
         common = table, table, norms, gain
-        yield lambda c=common, e=eps: rotate_triton.rotated(drawn(2, 64, 1024), *c, 8, 4, e)
-        heads = [drawn(2, 64, n, 64) for n in (8, 4, 4)]
-        yield lambda c=common, e=eps, h=heads: rotate_triton.rotated_backward(*h, drawn(2, 64, 1024), *c, 8, 4, e)
+        for copies in (1, 2):
+            yield lambda c=common, e=eps, n=copies: rotate_triton.rotated(drawn(2, 64, 1024), *c, 8, 4, e, n)
+            for own in (None, drawn(2, 64, 4, 64)):
+                heads = [*(drawn(2, 64, n, 64) for n in (8, 4 * copies, 4 * copies)), own]
+                yield lambda c=common, e=eps, n=copies, h=heads: rotate_triton.rotated_backward(*h, drawn(2, 64, 1024), *c, 8, 4, e, n)
 
 
 def losses() -> Iterator[Callable[[], Any]]:

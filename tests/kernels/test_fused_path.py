@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from titanlm.batch import Batch
-from titanlm.kernels import mix, relu2, rotate
+from titanlm.kernels import mix, product_onto, relu2, rotate
 from titanlm.kernels.fused import fused, use_kernels
 from titanlm.models import decoder, golf
 from titanlm.models.layers import attention, feed_forward, linear, rope
@@ -26,11 +26,14 @@ def _mix_backward(terms, weights, eps, g_out, g_normed, carried):
 
 
 def _rotated(*arguments):
-    q, k, _ = rotate.plain_rotated_heads(*arguments)
-    return q.clone(), k.clone()
+    *made, _ = rotate.plain_rotated_heads(*arguments)
+    return [each.clone() for each in (made[:2] if arguments[-1] == 1 else made)]
 
 
-def _rotated_backward(g_q, g_k, g_v, qkv, cos, sin, norms, gain, n_heads, n_kv_heads, eps):
+def _rotated_backward(g_q, g_k, g_v, g_own, qkv, cos, sin, norms, gain, n_heads, n_kv_heads, eps, copies):
+    g_k, g_v = (g.unflatten(2, (-1, copies)).sum(3) for g in (g_k, g_v))
+    if g_own is not None:
+        g_v = g_v + g_own
     q, k, _ = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split([n_heads, n_kv_heads, n_kv_heads], -2)
     of_gain = (g_q * rotate.plain_rotated_heads(qkv, cos, sin, norms, None, n_heads, n_kv_heads, eps)[0]).sum((0, 1, 3))
     back = [rope.rotate(g, cos, -sin) for g in (g_q if gain is None else g_q * gain[:, None], g_k)]
@@ -50,6 +53,20 @@ def _relu2(a, b, kept, slope):
     return [F.leaky_relu(u, slope).square(), u] if slope else [F.relu(u).square()]
 
 
+sums = []
+"""Of each sum inside a product, its shape."""
+
+
+def _product_onto(x, weight, onto):
+    sums.append(tuple(onto.shape))
+    return onto + F.linear(x, weight)
+
+
+@pytest.fixture(autouse=True)
+def no_sums():
+    sums.clear()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def twins():
     """On the CPU the operators compute what the kernels are to compute."""
@@ -60,6 +77,7 @@ def twins():
         "rotated_heads": _rotated,
         "rotated_heads_backward": _rotated_backward,
         "relu2_product": _relu2,
+        "product_onto": _product_onto,
     }.items():
         library.impl(name, function, "CPU")
     yield
@@ -111,11 +129,23 @@ def outcome(model):
     return hidden.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.fixture
+def through_kernels(monkeypatch):
+    def begin(adds=False):
+        """From now on; ``adds``: as on a device that adds inside products."""
+        for module in (golf, attention, feed_forward, linear):
+            monkeypatch.setattr(module, "fused", lambda x: True)
+        monkeypatch.setattr(product_onto, "serves", lambda x: adds)
+
+    return begin
+
+
+@pytest.mark.parametrize(("adds", "copies"), [(False, 1), (True, 1), (False, 2)], ids=["", "adds", "copies"])
 @pytest.mark.parametrize("compile", ["none", "block", "model"])
-def test_same_as_the_plain_way(model, monkeypatch, compile):
+def test_same_as_the_plain_way(model, monkeypatch, through_kernels, compile, adds, copies):
     hidden, gradients = outcome(model)
-    for module in (golf, attention, feed_forward):
-        monkeypatch.setattr(module, "fused", lambda x: True)
+    through_kernels(adds)
+    monkeypatch.setattr(attention.Attention, "_copies", lambda *_: copies)
     monkeypatch.setattr(attention, "CausalAttention", PlainCausal)
     torch.compiler.reset()  # graphs of other models would count towards the limit of these
     if compile == "block":
@@ -126,6 +156,7 @@ def test_same_as_the_plain_way(model, monkeypatch, compile):
     fused_hidden, fused_gradients = outcome(model)
     torch.testing.assert_close(fused_hidden, hidden, rtol=1e-4, atol=1e-5)
     assert fused_gradients.keys() == gradients.keys()
+    assert sums == ([(32, 32)] * 10 if adds and isinstance(model, golf.Golf) else [])  # two in each block
     for name, gradient in gradients.items():
         torch.testing.assert_close(
             fused_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=lambda text, name=name: f"{name}: {text}"
@@ -137,19 +168,28 @@ def test_same_as_the_plain_way(model, monkeypatch, compile):
     [
         (mix.mix_forward, ([torch.ones(2, 3, 8), torch.ones(2, 3, 8)], torch.ones(2, 8), 1e-6)),
         (mix.mix_backward, ([torch.ones(2, 3, 8)] * 2, torch.ones(2, 8), 1e-6, torch.ones(2, 3, 8), torch.ones(2, 3, 8), [None, torch.ones(2, 3, 8)])),
-        (rotate.heads_forward, (torch.ones(2, 3, 32), torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), None, torch.ones(2), 2, 1, 1e-6)),
+        (rotate.heads_forward, (torch.ones(2, 3, 32), torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), None, torch.ones(2), 2, 1, 1e-6, 1)),
+        (rotate.heads_forward, (torch.ones(2, 3, 32), torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), None, torch.ones(2), 2, 1, 1e-6, 2)),
         (relu2.relu2_product, (torch.ones(4, 8), torch.ones(6, 8), None, 0.0)),
         (relu2.relu2_product, (torch.ones(4, 8), torch.ones(6, 8), None, 0.5)),
         (relu2.relu2_product, (torch.ones(4, 8), torch.ones(6, 8), torch.ones(4, 6), 0.5)),
+        (product_onto.product_onto, (torch.ones(4, 8), torch.ones(6, 8), torch.ones(4, 6))),
     ],
 )
 def test_shapes_told_to_the_compiler(operator, arguments):
     torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_plain_if_asked_for(model, monkeypatch):
-    for module in (golf, attention, feed_forward):
-        monkeypatch.setattr(module, "fused", lambda x: True)
+def test_rows_that_the_device_does_not_copy_are_added_outside(through_kernels):
+    through_kernels(adds=True)
+    layer, onto, x = linear.Linear(8, 12), torch.randn(2, 12), torch.randn(2, 8)
+    torch.nn.init.normal_(layer.weight)
+    torch.testing.assert_close(linear.scaled(layer, x, None, onto), onto + layer(x))
+    assert sums == []
+
+
+def test_plain_if_asked_for(model, monkeypatch, through_kernels):
+    through_kernels(adds=True)
     calls = []
     monkeypatch.setattr(rotate, "heads_forward", lambda *arguments: calls.append(arguments) or _rotated(*arguments))
     use_kernels(model, "fused")
@@ -157,8 +197,9 @@ def test_plain_if_asked_for(model, monkeypatch):
     assert calls
     calls.clear()
     use_kernels(model, "plain")
+    sums.clear()
     model(batch())
-    assert not calls
+    assert calls == sums == []
 
 
 class Doubled(linear.Linear):
@@ -168,14 +209,14 @@ class Doubled(linear.Linear):
         return 2 * super().forward(x)
 
 
-def test_who_does_more_than_multiply_is_not_joined(model, monkeypatch):
-    for module in (golf, attention, feed_forward):
-        monkeypatch.setattr(module, "fused", lambda x: True)
+@pytest.mark.parametrize(("changed", "n_sums"), [(("attention.k_proj", "feed_forward.up_proj"), 10), (("attention.o_proj", "feed_forward.down_proj"), 0)])
+def test_who_does_more_than_multiply_is_not_joined(model, through_kernels, changed, n_sums):
+    through_kernels(adds=True)
     for block in model.blocks:
-        block.attention.k_proj.__class__ = Doubled
-        block.attention.o_proj.__class__ = Doubled
-        block.feed_forward.up_proj.__class__ = Doubled
+        for name in changed:
+            block.get_submodule(name).__class__ = Doubled
     fused_hidden, fused_gradients = outcome(model)
+    assert len(sums) == (n_sums if isinstance(model, golf.Golf) else 0)
     use_kernels(model, "plain")
     hidden, gradients = outcome(model)
     torch.testing.assert_close(fused_hidden, hidden, rtol=1e-4, atol=1e-5)

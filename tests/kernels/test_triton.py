@@ -81,11 +81,13 @@ def test_mix(device, dtype, tolerance, width, n_terms, every):
 @PRECISIONS
 @pytest.mark.parametrize("gained", [True, False])
 @pytest.mark.parametrize("norm", ["none", "plain", "learned"])
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(4, 2, 8), (3, 3, 16), (8, 4, 64)])
-def test_rotated_heads(device, dtype, tolerance, gained, norm, n_heads, n_kv_heads, head_dim):
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim", "copies", "own"), [
+    (4, 2, 8, 1, False), (3, 3, 16, 1, False), (8, 4, 64, 1, False), (4, 2, 8, 2, False), (6, 2, 8, 3, True), (8, 4, 64, 2, True),
+])  # fmt: skip
+def test_rotated_heads(device, dtype, tolerance, gained, norm, n_heads, n_kv_heads, head_dim, copies, own):
     positions = torch.stack([torch.arange(11), torch.arange(11) % 4]).to(device)
     tables = rotary_tables(positions, head_dim, 100.0, dtype)
-    shape = (n_heads, n_kv_heads, None if norm == "none" else 1e-6)
+    shape = (n_heads, n_kv_heads, None if norm == "none" else 1e-6, copies)
 
     def arguments(qkv, *rest):
         norms, gain = rest[: norm == "learned"], rest[norm == "learned" :]
@@ -93,7 +95,8 @@ def test_rotated_heads(device, dtype, tolerance, gained, norm, n_heads, n_kv_hea
 
     inputs = [rounded(2, 11, (n_heads + 2 * n_kv_heads) * head_dim, device=device)]
     inputs += [rounded(2, head_dim, device=device)] * (norm == "learned") + [rounded(n_heads, device=device)] * gained
-    both(lambda *x: RotatedHeads.apply(*arguments(*x)), lambda *x: plain_rotated_heads(*arguments(*x)), inputs, dtype, tolerance)
+    n_results = 4 if own else 3
+    both(lambda *x: RotatedHeads.apply(*arguments(*x), own), lambda *x: plain_rotated_heads(*arguments(*x))[:n_results], inputs, dtype, tolerance)
 
 
 def test_gradients_of_any_layout(device):
@@ -101,7 +104,7 @@ def test_gradients_of_any_layout(device):
     positions = torch.arange(8, device=device).expand(2, 8)
     tables = rotary_tables(positions, 16, 100.0, torch.float32)
     qkv = torch.randn(2, 8, 4 * 16, device=device, requires_grad=True)
-    heads = RotatedHeads.apply(qkv, *tables, None, None, 2, 1, 1e-6)
+    heads = RotatedHeads.apply(qkv, *tables, None, None, 2, 1, 1e-6, 1, False)
     seeds = [torch.randn_like(each) for each in heads]
     (wanted,) = torch.autograd.grad(heads, qkv, seeds, retain_graph=True)
     for a, b in ((1, 2), (1, 3), (2, 3)):

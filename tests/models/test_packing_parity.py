@@ -73,15 +73,16 @@ def decoder(backend: str, device: str = "cpu") -> Decoder:
 @pytest.fixture(params=["sdpa", "math", "flex", pytest.param("cuda:auto", marks=pytest.mark.gpu), pytest.param("cuda:math", marks=pytest.mark.gpu)])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Decoder]:
     device, _, backend = request.param.rpartition(":")
+    before = torch.get_float32_matmul_precision()
     if device:
-        # TF32 would round to 10 bits, in FlexAttention's kernels too.
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+        torch.set_float32_matmul_precision("highest")  # TF32 would round to 10 bits, in FlexAttention's kernels too
     elif backend == "flex":
         # Refused on the CPU, where it cannot train. Uncompiled it runs there, without gradients, from the same block mask.
         monkeypatch.setattr(attention, "compiled", lambda function: function)
         monkeypatch.setattr("titanlm.models.decoder.attention_mask", lambda batch, *_: attention._block_mask(batch.document_ids))
     with torch.no_grad():
         yield decoder(backend, device or "cpu")
+    torch.set_float32_matmul_precision(before)
 
 
 def logits_of(model: Decoder, batch: Batch) -> torch.Tensor:

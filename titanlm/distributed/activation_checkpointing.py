@@ -25,6 +25,7 @@ KEPT = frozenset(
         "aten::_flash_attention_forward",
         "titanlm::flash3_forward",
         "titanlm::flash4_forward",
+        "titanlm::product_onto",
         "titanlm::relu2_product",
     }
 )

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from titanlm.errors import TitanError
-from titanlm.kernels import flash4, triton_cache
+from titanlm.kernels import flash4, inductor_cache, products_quack, triton_cache
 from titanlm.runs import write_atomic
 
 COMPILE_CACHE = "compile_cache.bin"
@@ -40,6 +40,7 @@ MIB = 1 << 20
 
 KERNELS = {
     "flash4": (flash4.disk_cache, flash4.kernels_in_use),
+    "quack": (products_quack.disk_cache, products_quack.kernels_in_use),
     "triton": (triton_cache.disk_cache, triton_cache.kernels_in_use),
 }
 """First part of the names in the file → where such files belong on this machine, and which of those there this process used."""
@@ -82,6 +83,8 @@ class CompileCache:
         if torch.compiler.load_cache_artifacts(content[:n_torch]) is None:
             return f"WARNING: {self.source}: not loaded: torch cannot read it; what it holds is compiled anew"
         self._loaded = set(files)
+        if "cuda" in self.made_by:
+            inductor_cache.look_here()
         return f"compiled before: {len(content) / MIB:.1f} MiB of {self.source}"
 
     def _foreign(self, head: bytes, content: bytes) -> str:

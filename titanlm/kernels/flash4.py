@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import sys
@@ -15,17 +14,12 @@ from torch import Tensor
 
 from titanlm.kernels.flash import backward_operator, forward_operator
 from titanlm.kernels.lengths import bounds, flat
+from titanlm.kernels.products_quack import keep_on_disk
 
 _SPEC = importlib.util.find_spec("flash_attn")
 # Looked for and not imported: another package of that name loads its CUDA library at once.
 # Before 4 it had a folder "cute" too, of kernels that cannot do what is asked here.
 HAS_FLASH4 = any(Path(place, "cute", "flash_bwd_sm90.py").is_file() for place in (_SPEC and _SPEC.submodule_search_locations) or ())
-
-
-APART = 1024
-"""Positions of a row up to which, with several queries' heads to one of keys, each of them has a backward pass of its own. The package
-adds up such heads in fp32, atomically, in memory that is zeroed before and rounded after. Measured on an H200, 262,144 positions, 8/4 heads
-of 64: 2.39 ms apart and 2.55 together in rows of 1,024, 3.90 and 3.84 in rows of 2,048."""
 
 
 def disk_cache() -> Path:
@@ -48,6 +42,7 @@ def _interface() -> ModuleType:
     if "flash_attn.cute" not in sys.modules:
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(disk_cache()))
+        keep_on_disk()
     from flash_attn.cute import interface
 
     return interface
@@ -61,17 +56,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[T
 def _backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Deterministic where torch is told to be."""
     settings = {**bounds(lengths, q.shape[1]), "causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
-    run = _interface()._flash_attn_bwd
-    groups = q.shape[2] // k.shape[2]
-    if groups == 1 or lengths is not None or q.shape[1] > APART:
-        dq, dk, dv = run(*flat(lengths, q, k, v, y, g), lse, **settings)[:3]
-        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
-    dq, parts = torch.empty_like(q), [(torch.empty_like(k), torch.empty_like(v)) for _ in range(groups)]
-    for first, (dk, dv) in enumerate(parts):
-        q_, y_, g_, dq_ = (x[:, :, first::groups] for x in (q, y, g, dq))
-        run(q_, k, v, y_, g_, lse[:, first::groups].contiguous(), dq=dq_, dk=dk, dv=dv, **settings)
-    dk, dv = (functools.reduce(torch.add, each) for each in zip(*parts))
-    return dq, dk, dv
+    dq, dk, dv = _interface()._flash_attn_bwd(*flat(lengths, q, k, v, y, g), lse, **settings)[:3]
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
 flash4_forward = forward_operator("flash4_forward", _forward)

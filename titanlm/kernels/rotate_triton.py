@@ -15,8 +15,8 @@ _ROWS = 8
 
 @jit
 def _rotated(
-    qkv, cos, sin, norms, gain, q, k, n_rows, eps,
-    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    qkv, cos, sin, norms, gain, q, k, v, n_rows, eps,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, COPIES: tl.constexpr,
     NORM: tl.constexpr, LEARNED: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -46,17 +46,27 @@ def _rotated(
         if head < H:
             target = q + rows[:, None] * (H * 2 * HALF) + head * 2 * HALF + half[None, :]
         else:
-            target = k + rows[:, None] * (K * 2 * HALF) + (head - H) * 2 * HALF + half[None, :]
-        tl.store(target, y1.to(q.dtype.element_ty), mask=mask)
-        tl.store(target + HALF, y2.to(q.dtype.element_ty), mask=mask)
+            target = k + rows[:, None] * (K * COPIES * 2 * HALF) + (head - H) * COPIES * 2 * HALF + half[None, :]
+        for copy in tl.static_range(1 if head < H else COPIES):
+            tl.store(target + copy * 2 * HALF, y1.to(q.dtype.element_ty), mask=mask)
+            tl.store(target + copy * 2 * HALF + HALF, y2.to(q.dtype.element_ty), mask=mask)
+    if COPIES > 1:
+        for head in tl.static_range(K):
+            source = qkv + rows[:, None] * STRIDE + (H + K + head) * 2 * HALF + half[None, :]
+            x1 = tl.load(source, mask=mask, other=0.0)
+            x2 = tl.load(source + HALF, mask=mask, other=0.0)
+            target = v + rows[:, None] * (K * COPIES * 2 * HALF) + head * COPIES * 2 * HALF + half[None, :]
+            for copy in tl.static_range(COPIES):
+                tl.store(target + copy * 2 * HALF, x1, mask=mask)
+                tl.store(target + copy * 2 * HALF + HALF, x2, mask=mask)
 
 
 @jit
 def _rotated_backward(
-    qkv, cos, sin, norms, gain, g_q, g_k, g_v, d_qkv, norm_sums, gain_sums, n_rows, eps,
-    T, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, LEARNED: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr,
+    qkv, cos, sin, norms, gain, g_q, g_k, g_v, g_own, d_qkv, norm_sums, gain_sums, n_rows, eps,
+    T, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, own_batch, own_row, own_head,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, COPIES: tl.constexpr,
+    NORM: tl.constexpr, LEARNED: tl.constexpr, GAIN: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -77,9 +87,12 @@ def _rotated_backward(
             own = rows[:, None] * STRIDE + head * 2 * HALF + half[None, :]
             x1 = tl.load(qkv + own, mask=mask, other=0.0).to(tl.float32)
             x2 = tl.load(qkv + own + HALF, mask=mask, other=0.0).to(tl.float32)
-            gradient = g_q + q_rows + index * q_head if part == 0 else g_k + k_rows + index * k_head
+            gradient = g_q + q_rows + index * q_head if part == 0 else g_k + k_rows + index * COPIES * k_head
             g1 = tl.load(gradient, mask=mask, other=0.0).to(tl.float32)
             g2 = tl.load(gradient + HALF, mask=mask, other=0.0).to(tl.float32)
+            for copy in tl.static_range(1, 1 if part == 0 else COPIES):
+                g1 += tl.load(gradient + copy * k_head, mask=mask, other=0.0).to(tl.float32)
+                g2 += tl.load(gradient + copy * k_head + HALF, mask=mask, other=0.0).to(tl.float32)
             # Back by the angle, then through gain, weight and norm.
             u1 = g1 * c + g2 * s
             u2 = g2 * c - g1 * s
@@ -112,33 +125,46 @@ def _rotated_backward(
             tl.store(norm_sums + (program * 2 + part) * 2 * HALF + HALF + half, sum2)
     for index in tl.static_range(K):
         own = rows[:, None] * STRIDE + (H + K + index) * 2 * HALF + half[None, :]
-        value = g_v + v_rows + index * v_head
-        tl.store(d_qkv + own, tl.load(value, mask=mask, other=0.0), mask=mask)
-        tl.store(d_qkv + own + HALF, tl.load(value + HALF, mask=mask, other=0.0), mask=mask)
+        value = g_v + v_rows + index * COPIES * v_head
+        g1 = tl.load(value, mask=mask, other=0.0).to(tl.float32)
+        g2 = tl.load(value + HALF, mask=mask, other=0.0).to(tl.float32)
+        for copy in tl.static_range(1, COPIES):
+            g1 += tl.load(value + copy * v_head, mask=mask, other=0.0).to(tl.float32)
+            g2 += tl.load(value + copy * v_head + HALF, mask=mask, other=0.0).to(tl.float32)
+        if OWN:
+            more = g_own + (batch * own_batch + place * own_row)[:, None] + half[None, :] + index * own_head
+            g1 += tl.load(more, mask=mask, other=0.0).to(tl.float32)
+            g2 += tl.load(more + HALF, mask=mask, other=0.0).to(tl.float32)
+        tl.store(d_qkv + own, g1.to(d_qkv.dtype.element_ty), mask=mask)
+        tl.store(d_qkv + own + HALF, g2.to(d_qkv.dtype.element_ty), mask=mask)
 
 
-def _shape(qkv: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None) -> dict[str, Any]:
+def _shape(qkv: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None, copies: int) -> dict[str, Any]:
     width = qkv.shape[-1]
     half = width // (n_heads + 2 * n_kv_heads) // 2
     flags = {"NORM": eps is not None, "LEARNED": norms is not None, "GAIN": gain is not None}
-    return {"STRIDE": width, "H": n_heads, "K": n_kv_heads, "HALF": half, **flags, "ROWS": _ROWS, "num_warps": 1}
+    return {"STRIDE": width, "H": n_heads, "K": n_kv_heads, "HALF": half, "COPIES": copies, **flags, "ROWS": _ROWS, "num_warps": 1}
 
 
 def rotated(
-    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None
-) -> tuple[Tensor, Tensor]:
-    """q and k of ``RotatedHeads``."""
-    shape = _shape(qkv, norms, gain, n_heads, n_kv_heads, eps)
-    q, k = (qkv.new_empty(*qkv.shape[:-1], heads, 2 * shape["HALF"]) for heads in (n_heads, n_kv_heads))
+    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None, copies: int
+) -> list[Tensor]:
+    """q and k of ``RotatedHeads``, and v where there are several ``copies``."""
+    shape = _shape(qkv, norms, gain, n_heads, n_kv_heads, eps, copies)
+    counts = (n_heads, *[n_kv_heads * copies] * (1 if copies == 1 else 2))
+    made = [qkv.new_empty(*qkv.shape[:-1], heads, 2 * shape["HALF"]) for heads in counts]
     n_rows = qkv.numel() // qkv.shape[-1]
-    _rotated[(triton.cdiv(n_rows, _ROWS),)](qkv, cos, sin, cos if norms is None else norms, cos if gain is None else gain, q, k, n_rows, eps or 0.0, **shape)
-    return q, k
+    _rotated[(triton.cdiv(n_rows, _ROWS),)](
+        qkv, cos, sin, cos if norms is None else norms, cos if gain is None else gain, made[0], made[1], made[-1], n_rows, eps or 0.0, **shape
+    )
+    return made
 
 
 def rotated_backward(
     g_q: Tensor,
     g_k: Tensor,
     g_v: Tensor,
+    g_own: Tensor | None,
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -147,17 +173,19 @@ def rotated_backward(
     n_heads: int,
     n_kv_heads: int,
     eps: float | None,
+    copies: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, norms and gain; those of what is None are zeros, or empty. Those that come in may have any strides but for the last dimension."""
-    shape = _shape(qkv, norms, gain, n_heads, n_kv_heads, eps)
+    shape = _shape(qkv, norms, gain, n_heads, n_kv_heads, eps, copies)
     n_rows = qkv.numel() // qkv.shape[-1]
     programs = triton.cdiv(n_rows, _ROWS)
     d_qkv = torch.empty_like(qkv)
     norm_sums = cos.new_empty(0 if norms is None else programs, 2, 2 * shape["HALF"])
     gain_sums = cos.new_empty(0 if gain is None else programs, n_heads)
-    strides = (stride for gradient in (g_q, g_k, g_v) for stride in gradient.stride()[:3])
+    incoming = (g_q, g_k, g_v, g_v if g_own is None else g_own)
+    strides = (stride for gradient in incoming for stride in gradient.stride()[:3])
     _rotated_backward[(programs,)](
-        qkv, cos, sin, cos if norms is None else norms, cos if gain is None else gain, g_q, g_k, g_v, d_qkv, norm_sums, gain_sums, n_rows, eps or 0.0,
-        qkv.shape[1], *strides, **shape,
+        qkv, cos, sin, cos if norms is None else norms, cos if gain is None else gain, *incoming, d_qkv, norm_sums, gain_sums, n_rows, eps or 0.0,
+        qkv.shape[1], *strides, **shape, OWN=g_own is not None,
     )  # fmt: skip
     return d_qkv, norm_sums.sum(0), gain_sums.sum(0)

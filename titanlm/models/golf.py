@@ -148,15 +148,15 @@ class GolfBlock(nn.Module):
     def _fused_forward(
         self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, skip: tuple[Tensor, Tensor] | None, handed_on: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with the first sum and norm fused, and the branches' weights inside their last products."""
+        """The same with the first sum and norm fused, and the branches' weights inside their last products, where a kernel can with the sums."""
         mix, eps = self.residual_mix, self.attention_norm.eps
         terms, weights = ((x, x0), mix) if skip is None else ((x, skip[0], x0), torch.stack((mix[0], mix[0] * skip[1], mix[1])))
         # What is passed through and not used again would come back as zeros, to be read.
         passes = (handed_on, *(False for _ in terms[2:]), True)
         mixed, normed, *passed = Mix.apply(weights, eps, passes, *terms)
         given, x0 = (x, *passed)[-2:]
-        x = mixed + self.attention(normed, rotary, mask, scale=self.attention_scale)
-        return x + self.feed_forward(self.feed_forward_norm(x), self.feed_forward_scale), given, x0
+        x = self.attention(normed, rotary, mask, scale=self.attention_scale, onto=mixed)
+        return self.feed_forward(self.feed_forward_norm(x), self.feed_forward_scale, onto=x), given, x0
 
 
 class GolfCache(KVCache):

@@ -102,42 +102,54 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(n_heads, dtype=torch.float32)) if q_gain else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: tuple[LayerCache, Tensor, int] | None = None, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        past: tuple[LayerCache, Tensor, int] | None = None,
+        scale: Tensor | None = None,
+        onto: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) → (B, T, D), times ``scale`` (D,).
+        """(B, T, D) → (B, T, D), times ``scale`` (D,), added to ``onto`` (B, T, D).
 
         ``past`` is this layer's cache, the positions (B, T) of ``x`` and the
         number of slots in use, for decoding.
         """
         product = shared_product(self.q_proj, self.k_proj, self.v_proj) if past is None and self.fuses and fused(x) else None
-        q, k, v = self._heads(x, rotary) if product is None else self._fused_heads(x, rotary, product)
-        own = v
+        kernels = _kernels(self.backend, mask, x, self.head_dim) if past is None else None
+        q, k, v, own = self._heads(x, rotary) if product is None else self._fused_heads(x, rotary, product, self._copies(kernels, mask))
         if past is not None:
             cache, positions, used = past
             k, v = cache.update(positions, k, v, used)
-        if past is None and (kernels := _kernels(self.backend, mask, q)):
+        if kernels is not None:
             y = CausalAttention.apply(q, k, v, mask, *kernels)
         else:
             y = attend_by_torch(self.backend, q, k, v, mask)
         if self.exclusive:
             y = exclude_own_value(y, own)
-        return scaled(self.o_proj, y.flatten(2), scale)
+        return scaled(self.o_proj, y.flatten(2), scale, onto)
 
-    def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _copies(self, kernels: tuple[str, str] | None, mask: Mask) -> int:
+        """How often keys and values are best written out."""
+        groups = self.n_heads // self.n_kv_heads
+        return groups if groups == 2 and mask is None and kernels is not None and kernels[1] == "flash4" else 1
+
+    def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return (q if self.q_gain is None else q * self.q_gain[:, None].to(q.dtype)), k, v
+        return (q if self.q_gain is None else q * self.q_gain[:, None].to(q.dtype)), k, v, v
 
-    def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], product: Product) -> tuple[Tensor, Tensor, Tensor]:
-        """One product for all three, one kernel for what follows; as ``_heads`` but for rounding."""
+    def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], product: Product, copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One product for all three, one kernel for what follows; as ``_heads`` but for rounding, and for keys and values ``copies`` times in a row."""
         qkv = product(x, torch.cat([each.used_weight(x.dtype) for each in (self.q_proj, self.k_proj, self.v_proj)]))
         weights: list[Tensor] = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None and norm.weight is not None]
         eps = None if self.q_norm is None else self.q_norm.eps
-        q, k, v = RotatedHeads.apply(qkv, *rotary, torch.stack(weights) if weights else None, self.q_gain, self.n_heads, self.n_kv_heads, eps)
-        return q, k, v
+        norms = torch.stack(weights) if weights else None
+        made = RotatedHeads.apply(qkv, *rotary, norms, self.q_gain, self.n_heads, self.n_kv_heads, eps, copies, self.exclusive)
+        return *made[:3], made[-1]
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -153,15 +165,15 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (groups - (groups * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
 
 
-def _kernels(backend: str, mask: Mask, q: Tensor) -> tuple[str, str] | None:
-    """Names of the kernels, forward and backward; None where torch's own functions serve.
+def _kernels(backend: str, mask: Mask, x: Tensor, head_dim: int) -> tuple[str, str] | None:
+    """Names of the kernels, forward and backward, on the device and in the dtype of ``x``; None where torch's own functions serve.
 
     On the meta device one stands for all: none keeps scores, and torch's own would there.
     """
-    if q.is_meta:
+    if x.is_meta:
         return "cudnn", "cudnn"
     if backend == "auto":
-        if mask is not None or not fused(q) or q.shape[-1] % 8 or q.shape[-1] > 128:
+        if mask is not None or not fused(x) or head_dim % 8 or head_dim > 128:
             return None
         if HAS_FLASH4:
             return "cudnn", "flash4"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.kernels.fused import fused
+from titanlm.kernels.product_onto import takes
 from titanlm.kernels.relu2 import Relu2Network, relu2
 from titanlm.models.layers.linear import Linear, scaled
 from titanlm.models.layers.product import plain_product, shared_product
@@ -41,12 +42,13 @@ class FeedForward(nn.Module):
         self.slope = SLOPES.get(activation, 0.0)
         self.fuses = activation in SLOPES and d_model % 8 == d_ff % 8 == 0  # rows of whole 16 bytes, as the device copies tiles
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Times ``scale`` (D,), if there is one."""
+    def forward(self, x: Tensor, scale: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """Times ``scale`` (D,), and added to ``onto`` (..., D), if there are such."""
         if self.fuses and fused(x) and shared_product(self.up_proj, self.down_proj) is plain_product:
             weights = self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype, scale)
-            network: Tensor = Relu2Network.apply(x.flatten(0, -2), *weights, self.slope)
-            return network.view(x.shape)
+            inside = onto.flatten(0, -2) if onto is not None and takes(x, self.down_proj.weight) else None
+            network: Tensor = Relu2Network.apply(x.flatten(0, -2), *weights, self.slope, inside).view(x.shape)
+            return network if onto is None or inside is not None else onto + network
         up = self.up_proj(x)
         inner = relu2(up, self.slope) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
-        return scaled(self.down_proj, inner, scale)
+        return scaled(self.down_proj, inner, scale, onto)

@@ -12,7 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from titanlm.models.layers.product import product_of, shared_product
+from titanlm.kernels.fused import fused
+from titanlm.kernels.product_onto import ProductOnto, takes
+from titanlm.models.layers.product import plain_product, product_of, shared_product
 from titanlm.models.layers.rounding import in_use
 
 
@@ -42,16 +44,20 @@ class Linear(nn.Module):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
-def scaled(layer: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
-    """What a linear layer gives for ``x``, times a number a channel, (n_out,), or None for no such thing.
+def scaled(layer: nn.Module, x: Tensor, scale: Tensor | None, onto: Tensor | None = None) -> Tensor:
+    """What a linear layer gives for ``x``, times a number a channel (n_out,), and added to ``onto`` (..., n_out) in its dtype; None for no such thing.
 
     Where the layer multiplies and does no more, by scaling the rows of its
-    weight: equal but for rounding, and neither the output nor its gradient is
-    gone over once more for it.
+    weight, and where a kernel can, by adding inside the product: equal but for
+    rounding, and neither the output nor its gradient is gone over once more
+    for it.
     """
-    if scale is None:
-        return layer(x)  # type: ignore[no-any-return]
-    product = shared_product(layer)
+    product = None if scale is None and onto is None else shared_product(layer)
     if product is None:
-        return scale.to(x.dtype) * layer(x)
-    return product(x, layer.used_weight(x.dtype, scale))  # type: ignore[operator]
+        y: Tensor = layer(x) if scale is None else scale.to(x.dtype) * layer(x)
+        return y if onto is None else onto + y
+    weight: Tensor = layer.used_weight(x.dtype, scale)  # type: ignore[operator]
+    if onto is not None and product is plain_product and fused(x) and takes(x, weight):
+        return ProductOnto.apply(x.flatten(0, -2), weight, onto.flatten(0, -2)).view(onto.shape)  # type: ignore[no-any-return]
+    y = product(x, weight)
+    return y if onto is None else onto + y
