@@ -205,7 +205,8 @@ def test_any_two_are_one_graph(forward: str, backward: str) -> None:
 
 
 @pytest.mark.parametrize(("heads", "backend", "documents", "copies"), [
-    ((8, 4), "cudnn+flash4", False, 2), ((8, 4), "cudnn+flash4", True, 1), ((8, 4), "cudnn", False, 1), ((8, 2), "flash4", False, 1), ((4, 4), "flash4", False, 1),
+    ((8, 4), "cudnn+flash4", False, 2), ((8, 4), "cudnn+flash4", True, 1),
+    ((8, 4), "cudnn", False, 1), ((8, 2), "flash4", False, 1), ((4, 4), "flash4", False, 1),
 ])  # fmt: skip
 def test_keys_are_written_out_where_that_was_measured_to_gain(heads: tuple[int, int], backend: str, documents: bool, copies: int) -> None:
     made = attention.Attention(64, *heads, 8, qk_norm="none", norm_eps=1e-6, backend=backend)

@@ -31,4 +31,4 @@ def look_here() -> None:
         recheck(self, *args, **settings)
 
     here.here = True  # type: ignore[attr-defined]
-    CachingAutotuner.recheck_autotune_cache = here
+    CachingAutotuner.recheck_autotune_cache = here  # type: ignore[method-assign]
