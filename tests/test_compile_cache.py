@@ -21,7 +21,7 @@ from titanlm.distributed import compile_cache
 from titanlm.distributed.compile import compile_module
 from titanlm.distributed.compile_cache import COMPILE_CACHE, CompileCache, cache_file, made_by
 from titanlm.errors import TitanError
-from titanlm.kernels import products_quack, triton_cache
+from titanlm.kernels import inductor_cache, products_quack, triton_cache
 from titanlm.train import Trainer
 
 CPU = torch.device("cpu")
@@ -224,6 +224,20 @@ def test_triton_is_watched_on_gpus_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert watched == [1, 0]
 
 
+def test_what_inductor_measured_is_looked_for_here_on_gpus_alone(tmp_path: Path, torch_cache: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[bool] = []
+    monkeypatch.setattr(inductor_cache, "look_here", lambda: looked.append(True))
+    for cuda in ({}, {"cuda": "13.0"}):
+        monkeypatch.setattr(compile_cache, "made_by", lambda device, cuda=cuda: cuda)
+        (tmp_path / COMPILE_CACHE).unlink(missing_ok=True)
+        cache = CompileCache(tmp_path, CPU)
+        assert cache.load() is None
+        assert cache.write() is not None
+        assert looked == []
+        assert str(CompileCache(tmp_path, CPU).load()).startswith("compiled before")
+        assert looked == [True] * len(cuda)
+
+
 def test_a_named_file_must_be_there(tiny: Path, tmp_path: Path) -> None:
     for source in ("nowhere", str(tmp_path), "a\0b", ""):
         with pytest.raises(TitanError, match=r"train\.compile_cache: .* is neither a compile cache nor a run folder with one"):
@@ -300,7 +314,8 @@ def test_a_fresh_machine_compiles_no_graph_again(tiny: Path, tmp_path: Path, dev
     warm = started(tiny, tmp_path / "second", "--run.name=a", "--train.steps=4", *common)
     assert warm.get("fxgraph_cache_miss", 0) == warm.get("autograd_cache_miss", 0) == 0
     assert warm["autograd_cache_hit"] > 0
-    assert [name for name in warm if name.endswith("benchmark_gpu")] == []  # nor is timed again which form of a kernel is fastest
+    timed = [any(name.endswith("benchmark_gpu") for name in counted) for counted in (cold, warm)]
+    assert timed == [device == "cuda", False]  # nor is timed again which form of a kernel is fastest
     assert "compiled before" in (cache.parent / "log.txt").read_text()
 
 

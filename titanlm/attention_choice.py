@@ -21,7 +21,7 @@ import torch
 
 from titanlm.batch import Batch, Row
 from titanlm.config import RunConfig
-from titanlm.kernels.causal_attention import KERNELS
+from titanlm.kernels.causal_attention import KERNELS, copies
 from titanlm.kernels.refusals import refusals, require
 from titanlm.models.layers.attention import NAMED, Attention, attend_by_torch, attention_mask
 from titanlm.packers.boundaries import finish
@@ -79,9 +79,13 @@ def drawn_batch(shape: Shape, seed: int = 0) -> Batch:
 
 
 def passes(backend: str, shape: Shape, batch: Batch, device: torch.device) -> Passes:
-    """Both passes of a backend on drawn inputs. Raises TitanError where it refuses, RuntimeError and others where it fails."""
+    """Both passes of a backend on drawn inputs, with as many heads of keys as it has in a layer.
+
+    Raises TitanError where it refuses, RuntimeError and others where it fails.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    sizes = [shape.n_heads, shape.n_kv_heads, shape.n_kv_heads, shape.n_heads]
+    n_kv_heads = shape.n_kv_heads * copies(backend, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.documents, device)
+    sizes = [shape.n_heads, n_kv_heads, n_kv_heads, shape.n_heads]
     q, k, v, g = (torch.randn(shape.rows, shape.seq_len, heads, shape.head_dim, generator=generator, device=device, dtype=shape.dtype) for heads in sizes)
     mask = attention_mask(batch.to(device), backend, None, shape.head_dim, shape.dtype)
     if backend in KERNELS:

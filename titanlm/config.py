@@ -92,7 +92,7 @@ class Train:
     """What was compiled is kept in the run folder and loaded again: `run`; `off`: neither; or a run folder, or such a file, to load it from at first. Such
     a file runs code: load only your own. What a folder's run chose by measuring is taken over too."""
     kernels: Literal["fused", "plain"] = "fused"
-    """fused: titanlm's own Triton kernels where they serve, which is in bf16 on Hopper and data-centre Blackwell GPUs; plain: torch alone."""
+    """fused: titanlm's own Triton kernels, and QuACK's products, where they serve, in bf16 on Hopper and data-centre Blackwell GPUs; plain: torch alone."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute in backward: nothing, all but matrix products and attention, or whole blocks."""
     seed: NonNegativeInt = 42

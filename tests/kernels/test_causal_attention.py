@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from titanlm import attention_choice
 from titanlm.batch import Batch, Row, document_bound
 from titanlm.distributed import activation_checkpointing
 from titanlm.errors import TitanError
-from titanlm.kernels.causal_attention import KERNELS, CausalAttention
+from titanlm.kernels import fused
+from titanlm.kernels.causal_attention import KERNELS, CausalAttention, Kernel, copies
 from titanlm.kernels.lengths import cumulative_lengths
 from titanlm.kernels.refusals import WIDTHS, refusals
 from titanlm.models.decoder import Decoder, DecoderConfig
@@ -204,15 +206,29 @@ def test_any_two_are_one_graph(forward: str, backward: str) -> None:
     assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("heads", "backend", "documents", "copies"), [
-    ((8, 4), "cudnn+flash4", False, 2), ((8, 4), "cudnn+flash4", True, 1),
-    ((8, 4), "cudnn", False, 1), ((8, 2), "flash4", False, 1), ((4, 4), "flash4", False, 1),
+@pytest.mark.parametrize(("heads", "head_dim", "backend", "documents", "major", "n"), [
+    ((8, 4), 64, "cudnn+flash4", False, 9, 2), ((8, 4), 64, "flash4", False, 9, 2), ((8, 4), 64, "cudnn+flash4", True, 9, 1),
+    ((8, 4), 64, "cudnn", False, 9, 1), ((8, 4), 64, "flash4+cudnn", False, 9, 1), ((8, 4), 128, "flash4", False, 9, 1),
+    ((8, 2), 64, "flash4", False, 9, 1), ((4, 4), 64, "flash4", False, 9, 1), ((8, 4), 64, "flash4", False, 10, 1),
 ])  # fmt: skip
-def test_keys_are_written_out_where_that_was_measured_to_gain(heads: tuple[int, int], backend: str, documents: bool, copies: int) -> None:
-    made = attention.Attention(64, *heads, 8, qk_norm="none", norm_eps=1e-6, backend=backend)
+def test_keys_are_written_out_where_that_was_measured_to_gain(
+    heads: tuple[int, int], head_dim: int, backend: str, documents: bool, major: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_major", lambda index: major)
+    made = attention.Attention(64, *heads, head_dim, qk_norm="none", norm_eps=1e-6, backend=backend)
     mask = torch.zeros(3, dtype=torch.int32) if documents else None
-    assert made._copies(_kernels(backend, mask, torch.empty(1, 2, 64), 8), mask) == copies
-    assert made._copies(None, mask) == 1
+    device = torch.device("cuda", 0)
+    assert made._copies(_kernels(backend, mask, torch.empty(1, 2, 64), head_dim), mask, device) == n
+    assert made._copies(None, mask, device) == 1
+    # What is measured is what runs.
+    drawn: list[tuple[int, ...]] = []
+    shape = attention_choice.Shape(2, 8, *heads, head_dim, documents, torch.float32)
+    kernel = Kernel(lambda q, k, v, lengths: drawn.append(k.shape) or (q, q), lambda *_: None)  # type: ignore[func-returns-value, arg-type, return-value]
+    monkeypatch.setitem(KERNELS, backend.rpartition("+")[2], kernel)
+    monkeypatch.setattr(attention_choice, "attention_mask", lambda *_: mask)
+    monkeypatch.setattr(attention_choice, "copies", lambda backend, *rest: copies(backend, *rest[:-1], device))
+    attention_choice.passes(backend.rpartition("+")[2], shape, attention_choice.drawn_batch(shape), torch.device("cpu"))
+    assert drawn == [(2, 8, heads[1] * n, head_dim)]
 
 
 def test_what_auto_is_without_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from titanlm.batch import Batch
+from titanlm.distributed import activation_checkpointing
 from titanlm.kernels import mix, product_onto, relu2, rotate
 from titanlm.kernels.fused import fused, use_kernels
 from titanlm.models import decoder, golf
@@ -63,8 +64,9 @@ def _product_onto(x, weight, onto):
 
 
 @pytest.fixture(autouse=True)
-def no_sums():
+def nothing_seen():
     sums.clear()
+    seen.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,9 +89,14 @@ def twins():
 FIELDS = ("tokens", "labels", "positions", "document_ids", "target_bytes")
 
 
+seen = []
+"""Of each attention, its mask, its kernels, and how many heads of keys and of values it was given."""
+
+
 class PlainCausal:
     @staticmethod
-    def apply(q, k, v):
+    def apply(q, k, v, mask, *kernels):
+        seen.append((mask, kernels, k.shape[2], v.shape[2]))
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -145,7 +152,8 @@ def through_kernels(monkeypatch):
 def test_same_as_the_plain_way(model, monkeypatch, through_kernels, compile, adds, copies):
     hidden, gradients = outcome(model)
     through_kernels(adds)
-    monkeypatch.setattr(attention.Attention, "_copies", lambda *_: copies)
+    monkeypatch.setattr(attention, "copies", lambda *_: copies)
+    monkeypatch.setattr(attention, "_kernels", lambda *_: ("one", "another"))
     monkeypatch.setattr(attention, "CausalAttention", PlainCausal)
     torch.compiler.reset()  # graphs of other models would count towards the limit of these
     if compile == "block":
@@ -157,6 +165,8 @@ def test_same_as_the_plain_way(model, monkeypatch, through_kernels, compile, add
     torch.testing.assert_close(fused_hidden, hidden, rtol=1e-4, atol=1e-5)
     assert fused_gradients.keys() == gradients.keys()
     assert sums == ([(32, 32)] * 10 if adds and isinstance(model, golf.Golf) else [])  # two in each block
+    # The compiler traces what is in Python once; blocks of one kind share it.
+    assert set(seen) == {(None, ("one", "another"), 2 * copies, 2 * copies)}
     for name, gradient in gradients.items():
         torch.testing.assert_close(
             fused_gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=lambda text, name=name: f"{name}: {text}"
@@ -186,6 +196,25 @@ def test_rows_that_the_device_does_not_copy_are_added_outside(through_kernels):
     torch.nn.init.normal_(layer.weight)
     torch.testing.assert_close(linear.scaled(layer, x, None, onto), onto + layer(x))
     assert sums == []
+
+
+@pytest.mark.parametrize("onto", [torch.zeros(2, 16, dtype=torch.float64), torch.zeros(16), torch.zeros(1, 16)])
+def test_what_is_not_alike_is_added_outside(through_kernels, onto):
+    """Not in another dtype, and not broadcast."""
+    through_kernels(adds=True)
+    layer, x = linear.Linear(8, 16), torch.randn(2, 8)
+    torch.nn.init.normal_(layer.weight)
+    torch.testing.assert_close(linear.scaled(layer, x, None, onto), onto + layer(x), rtol=0, atol=0)
+    assert sums == []
+
+
+def test_sums_inside_products_are_not_repeated_when_memory_is_saved(through_kernels):
+    through_kernels(adds=True)
+    made = golf.Golf(SETTINGS, vocab_size=50, max_seq_len=16)
+    made.init_weights(0)
+    activation_checkpointing.apply(made.blocks, "selective")
+    outcome(made)
+    assert len(sums) == 2 * len(made.blocks)
 
 
 def test_plain_if_asked_for(model, monkeypatch, through_kernels):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 import subprocess
 import sys
+import textwrap
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titanlm.kernels import products_quack, relu2, relu2_triton
+from titanlm.kernels import fused, products_quack, relu2, relu2_triton
 from titanlm.kernels.product_onto import ProductOnto
 from titanlm.kernels.relu2 import Relu2Network
 
@@ -79,13 +83,42 @@ def test_the_package_serves_relu2_alone(quack: None, monkeypatch: pytest.MonkeyP
 
 
 def test_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has, capability, serves in ((True, 9, True), (True, 10, False), (True, 8, False), (False, 9, False)):
-        products_quack._found.cache_clear()
+    for has, major, serves in ((True, 9, True), (True, 10, False), (True, 8, False), (True, 0, False), (False, 9, False)):
         monkeypatch.setattr(products_quack, "HAS_QUACK", has)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, major=capability: (major, 0))
+        monkeypatch.setattr(fused, "_major", lambda index, major=major: major)
         assert products_quack.serve(0) == serves
-    products_quack._found.cache_clear()
     assert not products_quack.serves(torch.ones(1))
+
+
+@pytest.mark.parametrize(("version", "has"), [("0.6.5", True), ("0.6.12", True), ("0.6.4", False), ("0.7.0", False), ("0.6.5rc1", False), (None, False)])
+def test_versions_like_the_one_that_was_tried(monkeypatch: pytest.MonkeyPatch, version: str | None, has: bool) -> None:
+    def installed(name: str) -> str:
+        if version is None:
+            raise PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(products_quack.importlib.metadata, "version", installed)
+    assert products_quack._installed() == has
+
+
+def test_what_is_done_to_a_tile_has_a_name_of_its_own(quack: None) -> None:
+    """By its name alone the package finds what it compiled, in a folder that outlives an upgrade; so with this digest the name has to change."""
+    found = {
+        name: hashlib.sha256(textwrap.dedent(inspect.getsource(made.function)).encode()).hexdigest()[:8] for name, made in products_quack._epilogues().items()
+    }
+    assert found == {"square": "b1c9be2e", "slope": "65797ce7", "add": "3b15e4a4"}
+
+
+def test_a_package_with_other_names_costs_the_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("quack", "quack.gemm_runtime.host", "quack.cache", "quack.cache.jit"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert products_quack.kernels_in_use() == []
+
+
+def test_an_empty_folder_is_none(quack: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUACK_CACHE_DIR", "")
+    products_quack.keep_on_disk()
+    assert os.environ["QUACK_CACHE_DIR"] == str(tmp_path / "quack")
 
 
 COMPILED = """

@@ -18,6 +18,7 @@ from titanlm.errors import TitanError
 from titanlm.kernels.flash2 import flash2_backward, flash2_forward
 from titanlm.kernels.flash3 import flash3_backward, flash3_forward
 from titanlm.kernels.flash4 import flash4_backward, flash4_forward
+from titanlm.kernels.fused import hopper
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -58,6 +59,18 @@ KERNELS = {
     "varlen": Kernel(flash2_forward, flash2_backward),
 }
 """By the name that a config gives them."""
+
+
+def copies(backward: str, n_heads: int, n_kv_heads: int, head_dim: int, documents: bool, device: torch.device) -> int:
+    """How often keys and values are to be written out before attention whose backward pass is this kernel's: once, or for each query head.
+
+    FlashAttention 4 adds up the gradients of query heads that share keys in
+    fp32, atomically, in memory that is zeroed before and rounded after. Where
+    that was measured, heads of 64 in pairs on an H200, one head to each is
+    faster (``docs/performance.md``); for others it is not done.
+    """
+    measured = backward == "flash4" and n_heads == 2 * n_kv_heads and head_dim == 64 and not documents
+    return 2 if measured and hopper(device.index) else 1
 
 
 class CausalAttention(torch.autograd.Function):

@@ -13,10 +13,19 @@ from titanlm.environment import c_compiler
 
 
 @cache
+def _major(index: int | None) -> int:
+    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(index)[0]
+
+
+@cache
 def _found(index: int | None) -> bool:
     # Hopper and the Blackwell of data centres; that of graphics cards has too little shared memory.
-    written_for = torch.version.hip is None and torch.cuda.get_device_capability(index)[0] in (9, 10)
-    return written_for and importlib.util.find_spec("triton") is not None and c_compiler() is not None
+    return _major(index) in (9, 10) and importlib.util.find_spec("triton") is not None and c_compiler() is not None
+
+
+def hopper(index: int | None) -> bool:
+    """Whether the CUDA device of this number is one, which is where kernels of other packages were measured."""
+    return _major(index) == 9
 
 
 def serve(index: int | None) -> bool:
@@ -25,7 +34,7 @@ def serve(index: int | None) -> bool:
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler.
-serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+hopper._dynamo_marked_constant = serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fused(x: Tensor) -> bool:

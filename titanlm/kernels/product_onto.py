@@ -18,9 +18,10 @@ from titanlm.kernels.operator import operator
 from titanlm.kernels.products_quack import add, serves
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the device adds so, for (..., k) and (n, k) in bf16: rows of whole 16 bytes, as it copies tiles."""
-    return weight.shape[0] % 8 == weight.shape[1] % 8 == 0 and serves(x)
+def takes(x: Tensor, weight: Tensor, onto: Tensor) -> bool:
+    """Whether the device adds so, for (..., k), (n, k) and (..., n) in bf16: rows of whole 16 bytes, as it copies tiles."""
+    alike = onto.dtype == x.dtype and onto.shape == (*x.shape[:-1], weight.shape[0])
+    return alike and weight.shape[0] % 8 == weight.shape[1] % 8 == 0 and serves(x)
 
 
 def _run(x: Tensor, weight: Tensor, onto: Tensor) -> Tensor:

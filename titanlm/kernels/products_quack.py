@@ -11,7 +11,7 @@ but also where it is −∞, whose relu² is 0. A negative u gives −0.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import sys
 from functools import cache
@@ -21,22 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SPEC = importlib.util.find_spec("quack")
-# Looked for and not imported, which takes seconds. Older versions have no such functions of a tile.
-HAS_QUACK = any(Path(place, "epilogue", "frontend.py").is_file() for place in (_SPEC and _SPEC.submodule_search_locations) or ())
+from titanlm.kernels.fused import hopper
 
 
-@cache
-def _found(index: int | None) -> bool:
-    return HAS_QUACK and torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
+def _installed() -> bool:
+    """Whether in a version like that which was tried, 0.6.5. Looked for and not imported, which takes seconds."""
+    try:
+        *series, patch = importlib.metadata.version("quack-kernels").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return series == ["0", "6"] and patch.isdecimal() and int(patch) >= 5
+
+
+HAS_QUACK = _installed()
 
 
 def serve(index: int | None) -> bool:
     """Whether they serve on the CUDA device of this number: Hopper, where they were measured, with the package."""
-    return _found(index)
-
-
-serve._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as that of titanlm.kernels.fused
+    return HAS_QUACK and hopper(index)
 
 
 def serves(x: Tensor) -> bool:
@@ -53,18 +55,22 @@ def disk_cache() -> Path:
 
 def keep_on_disk() -> None:
     """Let that be beside what torch compiled, unless the environment has a folder for it. Before the package is imported, as FlashAttention 4 does."""
-    os.environ.setdefault("QUACK_CACHE_DIR", str(disk_cache()))
+    os.environ["QUACK_CACHE_DIR"] = str(disk_cache())
 
 
 def kernels_in_use() -> list[Path]:
-    """The files in ``disk_cache`` of the products that this process compiled or loaded."""
+    """The files in ``disk_cache`` of the products that this process compiled or loaded; none where the package has other names for what tells them."""
     host = sys.modules.get("quack.gemm_runtime.host")
     if host is None:
         return []
-    from quack.cache import jit
+    try:
+        from quack.cache import jit
 
-    folder, made = disk_cache() / jit._compute_source_fingerprint(), host._compile_gemm_epi
-    return sorted(path for key in made.cache if (path := folder / f"{jit._key_to_hash((made.__qualname__, *key))}.o").exists())
+        folder, made = disk_cache() / jit._compute_source_fingerprint(), host._compile_gemm_epi
+        files = [folder / f"{jit._key_to_hash((made.__qualname__, *key))}.o" for key in made.cache]
+    except (AttributeError, ImportError):
+        return []
+    return sorted(path for path in files if path.exists())
 
 
 @cache
@@ -74,6 +80,7 @@ def _epilogues() -> dict[str, Any]:
     from quack import activation  # as a module: the package looks into functions, and at modules' names alone, to know a kernel again
     from quack.epilogue import gemm_epilogue
 
+    # Of an installed titanlm the package's files are named by these names and not by what they do: what does another thing needs another name.
     @gemm_epilogue()
     def square(acc: Any) -> Any:
         return {"D": activation.relu_sq(acc)}

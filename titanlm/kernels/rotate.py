@@ -58,16 +58,19 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return rotated_backward(*arguments)
 
 
-def _shapes(
-    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None, copies: int
-) -> list[Tensor]:
+def empty_heads(qkv: Tensor, n_heads: int, n_kv_heads: int, copies: int) -> list[Tensor]:
+    """What the forward kernel writes: q and k, and v where there are several ``copies``."""
     head_dim = qkv.shape[-1] // (n_heads + 2 * n_kv_heads)
     counts = (n_heads, *[n_kv_heads * copies] * (1 if copies == 1 else 2))
     return [qkv.new_empty(*qkv.shape[:-1], heads, head_dim) for heads in counts]
 
 
 _ARGUMENTS = "Tensor qkv, Tensor cos, Tensor sin, Tensor? norms, Tensor? gain, int n_heads, int n_kv_heads, float? eps, int copies"
-heads_forward = operator(f"rotated_heads({_ARGUMENTS}) -> Tensor[]", _forward, _shapes)
+heads_forward = operator(
+    f"rotated_heads({_ARGUMENTS}) -> Tensor[]",
+    _forward,
+    lambda qkv, cos, sin, norms, gain, n_heads, n_kv_heads, eps, copies: empty_heads(qkv, n_heads, n_kv_heads, copies),
+)
 heads_backward = operator(
     f"rotated_heads_backward(Tensor g_q, Tensor g_k, Tensor g_v, Tensor? g_own, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from titanlm.kernels.jit import jit, tl, triton
+from titanlm.kernels.rotate import empty_heads
 
 _ROWS = 8
 """Positions a program has in hand, all their heads one after the other. Measured on an H200 at 8 and 4 heads of 64."""
@@ -149,10 +150,9 @@ def _shape(qkv: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int,
 def rotated(
     qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, gain: Tensor | None, n_heads: int, n_kv_heads: int, eps: float | None, copies: int
 ) -> list[Tensor]:
-    """q and k of ``RotatedHeads``, and v where there are several ``copies``."""
+    """``empty_heads``, filled."""
     shape = _shape(qkv, norms, gain, n_heads, n_kv_heads, eps, copies)
-    counts = (n_heads, *[n_kv_heads * copies] * (1 if copies == 1 else 2))
-    made = [qkv.new_empty(*qkv.shape[:-1], heads, 2 * shape["HALF"]) for heads in counts]
+    made = empty_heads(qkv, n_heads, n_kv_heads, copies)
     n_rows = qkv.numel() // qkv.shape[-1]
     _rotated[(triton.cdiv(n_rows, _ROWS),)](
         qkv, cos, sin, cos if norms is None else norms, cos if gain is None else gain, made[0], made[1], made[-1], n_rows, eps or 0.0, **shape

@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
         """Times ``scale`` (D,), and added to ``onto`` (..., D), if there are such."""
         if self.fuses and fused(x) and shared_product(self.up_proj, self.down_proj) is plain_product:
             weights = self.up_proj.used_weight(x.dtype), self.down_proj.used_weight(x.dtype, scale)
-            inside = onto.flatten(0, -2) if onto is not None and takes(x, self.down_proj.weight) else None
+            inside = onto.flatten(0, -2) if onto is not None and takes(x, self.down_proj.weight, onto) else None
             network: Tensor = Relu2Network.apply(x.flatten(0, -2), *weights, self.slope, inside).view(x.shape)
             return network if onto is None or inside is not None else onto + network
         up = self.up_proj(x)

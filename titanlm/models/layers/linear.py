@@ -45,7 +45,7 @@ class Linear(nn.Module):
 
 
 def scaled(layer: nn.Module, x: Tensor, scale: Tensor | None, onto: Tensor | None = None) -> Tensor:
-    """What a linear layer gives for ``x``, times a number a channel (n_out,), and added to ``onto`` (..., n_out) in its dtype; None for no such thing.
+    """What a linear layer gives for ``x``, times a number a channel (n_out,), and added to ``onto`` (..., n_out); None for no such thing.
 
     Where the layer multiplies and does no more, by scaling the rows of its
     weight, and where a kernel can, by adding inside the product: equal but for
@@ -57,7 +57,7 @@ def scaled(layer: nn.Module, x: Tensor, scale: Tensor | None, onto: Tensor | Non
         y: Tensor = layer(x) if scale is None else scale.to(x.dtype) * layer(x)
         return y if onto is None else onto + y
     weight: Tensor = layer.used_weight(x.dtype, scale)  # type: ignore[operator]
-    if onto is not None and product is plain_product and fused(x) and takes(x, weight):
+    if onto is not None and product is plain_product and fused(x) and takes(x, weight, onto):
         return ProductOnto.apply(x.flatten(0, -2), weight, onto.flatten(0, -2)).view(onto.shape)  # type: ignore[no-any-return]
     y = product(x, weight)
     return y if onto is None else onto + y
