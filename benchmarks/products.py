@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanlm.attention_choice import seconds
 from titanlm.kernels import products_quack
 from titanlm.kernels.fused import serve
 
@@ -64,18 +64,6 @@ def cases(n: int, width: int, inner: int, device: torch.device) -> Iterator[tupl
     yield "sum out", 2.0 * n * width * width, ways(lambda: x + x @ square.T, None, lambda: products_quack.add(x, square, x))
 
 
-def seconds(call: Callable[[], Any], each: int, on_cuda: bool) -> float:
-    """Of a call, of so many in a row."""
-    if on_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(each):
-        call()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / each
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -83,18 +71,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--inner", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--each", type=int, default=10, help="calls of a round")
+    parser.add_argument("--each", type=int, default=10, help="calls of a round, after as many to warm up")
     options = parser.parse_args()
     device = torch.device(options.device)
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"{options.positions:,} × {options.width} and {options.inner}, bf16, torch {torch.__version__} on {place}")
     for name, flops, ways in cases(options.positions, options.width, options.inner, device):
         times: dict[str, list[float]] = {way: [] for way in ways}
-        for number in range(-1, options.rounds):
+        for _ in range(options.rounds):
             for way, call in ways.items():
-                taken = seconds(call, options.each, device.type == "cuda")
-                if number >= 0:
-                    times[way].append(taken)
+                times[way].append(seconds(call, device, repeats=1, each=options.each))
         median = {way: statistics.median(each) for way, each in times.items()}
         shown = "   ".join(f"{way} {1e3 * each:.3f} ms {flops / each / 1e12:.0f} T/s {each / median['torch']:.3f}" for way, each in median.items())
         print(f"{name:<11} {shown}")

@@ -79,7 +79,7 @@ def drawn_batch(shape: Shape, seed: int = 0) -> Batch:
 
 
 def passes(backend: str, shape: Shape, batch: Batch, device: torch.device) -> Passes:
-    """Both passes of a backend on drawn inputs, with as many heads of keys as it has in a layer.
+    """Both passes of a backend on drawn inputs, with as many heads of keys as it is given in a layer where it serves both.
 
     Raises TitanError where it refuses, RuntimeError and others where it fails.
     """

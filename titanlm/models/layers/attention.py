@@ -140,13 +140,13 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         return (q if self.q_gain is None else q * self.q_gain[:, None].to(q.dtype)), k, v, v
 
-    def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], product: Product, copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One product for all three, one kernel for what follows; as ``_heads`` but for rounding, and for keys and values ``copies`` times in a row."""
+    def _fused_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], product: Product, n_copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One product for all three, one kernel for what follows; as ``_heads`` but for rounding, and for keys and values ``n_copies`` times in a row."""
         qkv = product(x, torch.cat([each.used_weight(x.dtype) for each in (self.q_proj, self.k_proj, self.v_proj)]))
         weights: list[Tensor] = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None and norm.weight is not None]
         eps = None if self.q_norm is None else self.q_norm.eps
         norms = torch.stack(weights) if weights else None
-        made = RotatedHeads.apply(qkv, *rotary, norms, self.q_gain, self.n_heads, self.n_kv_heads, eps, copies, self.exclusive)
+        made = RotatedHeads.apply(qkv, *rotary, norms, self.q_gain, self.n_heads, self.n_kv_heads, eps, n_copies, self.exclusive)
         return *made[:3], made[-1]
 
 
