@@ -148,7 +148,7 @@ def through_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize(("adds", "copies"), [(False, 1), (True, 2)], ids=["", "adds and copies"])
-@pytest.mark.parametrize("compile", ["none", "block", "model"])
+@pytest.mark.parametrize("compile", ["none", pytest.param("block", marks=pytest.mark.slow), "model"])
 def test_same_as_the_plain_way(model, monkeypatch, through_kernels, compile, adds, copies):
     hidden, gradients = outcome(model)
     through_kernels(adds)

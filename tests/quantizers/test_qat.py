@@ -332,7 +332,10 @@ def through_blocks(model: Decoder) -> Callable[[], tuple[Tensor, dict[str, Tenso
 
 @pytest.mark.parametrize(
     ("recompute", "backend"),
-    [("none", "aot_eager"), ("selective", "aot_eager"), ("full", "aot_eager"), pytest.param("none", "inductor", marks=pytest.mark.slow)],
+    [
+        ("none", "aot_eager"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("selective", "aot_eager"), ("full", "aot_eager"), ("none", "inductor"))),
+    ],
 )
 def test_the_switch_reaches_compiled_blocks(recompute: str, backend: str) -> None:
     """Off, on and off again, against eager rounding; two graphs for both blocks, and going back compiles nothing."""

@@ -128,6 +128,7 @@ def test_what_happens_meanwhile_leaves_nothing(tiny, tmp_path, monkeypatch):
         build([run], Path(), ABOUT)
 
 
+@pytest.mark.slow
 def test_over_the_limit_nothing_is_written(tiny, tmp_path, capsys):
     run = trained(tiny, "a", "--export.max_bytes=110000")
     words = ["submission", "build", str(run), "--output", str(tmp_path / "s"), "--name", "N", "--author", "A", "--github-id", "a"]
