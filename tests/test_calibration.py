@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.batch import Batch
@@ -16,6 +15,7 @@ from titanlm.errors import TitanError
 from titanlm.models.decoder import Decoder, DecoderConfig
 from titanlm.models.golf import Golf, GolfConfig
 from titanlm.models.layers.linear import Linear
+from titanlm.models.layers.product import plain_product
 from titanlm.precision import set_precision
 from titanlm.registry import Component
 from titanlm.train_module import TrainModule
@@ -61,7 +61,7 @@ def by_hand(model: nn.Module, given: list[Batch], monkeypatch: pytest.MonkeyPatc
 
     def forward(self: Linear, x: Tensor) -> Tensor:
         inputs.setdefault(self, []).append(x.flatten(0, -2).double())
-        return F.linear(x, self.weight.to(x.dtype))
+        return plain_product(x, self.weight.to(x.dtype))
 
     with monkeypatch.context() as patched:
         patched.setattr(Linear, "forward", forward)
@@ -69,7 +69,7 @@ def by_hand(model: nn.Module, given: list[Batch], monkeypatch: pytest.MonkeyPatc
     found = {f"{name}.weight": torch.cat(inputs[module]) for name, module in model.named_modules() if module in inputs}
     if model.head.projection is not None:
         found["embedding.projection"] = hidden.double()
-        hidden = hidden @ model.embedding.projection.T.to(hidden.dtype)
+        hidden = plain_product(hidden, model.embedding.projection.to(hidden.dtype))
     found["embedding.weight" if model.head.tied else "head.weight"] = hidden.double()
     return {name: x.T @ x for name, x in found.items()}
 

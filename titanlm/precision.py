@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def set_precision(module: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
@@ -20,3 +21,12 @@ def set_precision(module: nn.Module, precision: Literal["fp32", "bf16"]) -> None
     for each in module.modules():
         if hasattr(each, "compute_dtype"):
             setattr(each, "compute_dtype", DTYPES[precision])  # noqa: B010 - an nn.Module's attributes are typed as tensors
+
+
+def multiplied_in(x: Tensor) -> torch.dtype:
+    """The dtype in which to multiply by ``x``: its own, but fp32 for bf16 on a CPU without instructions for it.
+
+    There torch's products in bf16 are one or two orders of magnitude slower
+    than in fp32. Results rounded once are the same but for the order of sums.
+    """
+    return torch.float32 if x.dtype is torch.bfloat16 and x.is_cpu and not CPU_MULTIPLIES_BF16 else x.dtype

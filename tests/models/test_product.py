@@ -1,4 +1,4 @@
-"""What modules multiply by their matrices with where nothing else is set."""
+"""Products and attention where nothing else is set: on a CPU, with and without instructions for bf16."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titanlm.models.layers import product
+from titanlm import precision
+from titanlm.models.layers.attention import attend_by_torch
 from titanlm.models.layers.product import plain_product
 
 
@@ -24,7 +25,7 @@ def passes(x: Tensor, weight: Tensor, g: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_bf16_is_rounded_once_whatever_the_cpu_can_do(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exact products of the rounded numbers, to within half a unit in the last place, forward and backward."""
-    monkeypatch.setattr(product, "_CPU_MULTIPLIES_BF16", has_bf16)
+    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", has_bf16)
     generator = torch.Generator().manual_seed(0)
     x, weight, g = (torch.randn(shape, generator=generator).bfloat16() for shape in ((5, 3, 7), (11, 7), (5, 3, 11)))
     rows, gradients = x.double().flatten(0, 1), g.double().flatten(0, 1)
@@ -33,6 +34,28 @@ def test_bf16_is_rounded_once_whatever_the_cpu_can_do(has_bf16: bool, monkeypatc
         assert ours.dtype == torch.bfloat16
         # Sums that cancel are as exact as fp32, and their bf16 is finer than that.
         torch.testing.assert_close(ours.double(), true, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bf16_is_near_the_exact_one_whatever_the_cpu_can_do(has_bf16: bool, backend: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four heads, two of keys, beside the same inputs in float64, forward and backward; where bf16 is multiplied in fp32, to half a unit in the last place."""
+    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", has_bf16)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 9, heads, 8, generator=generator).bfloat16() for heads in (4, 2, 2, 4))
+    ids = torch.arange(9) // 4
+    mask = ((ids[:, None] == ids) & torch.ones(9, 9, dtype=torch.bool).tril())[None, None] if masked else None
+
+    def attended(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attend_by_torch(backend, *inputs, mask)
+        assert y.dtype == dtype
+        return [y.detach(), *torch.autograd.grad(y, inputs, g.to(dtype))]
+
+    near = {"rtol": 0.05, "atol": 0.03} if has_bf16 else {"rtol": 2**-8, "atol": 1e-6}
+    for ours, exact in zip(attended(torch.bfloat16), attended(torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), exact, **near)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

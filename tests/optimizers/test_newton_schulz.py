@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from titanlm import precision
 from titanlm.optimizers.newton_schulz import TRIPLES, newton_schulz
 
 ROUNDED = [
@@ -52,6 +53,27 @@ def test_singular_values_come_near_one(coefficients: str, low: float, high: floa
     singular = torch.linalg.svdvals(newton_schulz(directions.to(dtype), 5, coefficients).float())
     assert low < singular.min()
     assert singular.max() < high
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24)])
+def test_bf16_is_rounded_once_a_product_whatever_the_cpu_can_do(has_bf16: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside float64 products of the rounded numbers; sums in another order may round the other way, and singular values near 1 keep that small."""
+    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", has_bf16)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = newton_schulz(x, 5, "polar_express")
+    assert got.dtype == torch.bfloat16
+
+    def rounded(exact: torch.Tensor) -> torch.Tensor:
+        return exact.bfloat16().double()
+
+    bank = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    want = (bank.mT if shape[1] > shape[2] else bank).double()
+    for a, b, c in TRIPLES["polar_express"]:
+        squares = rounded(want @ want.mT)
+        want = rounded(a * want + rounded(b * squares + c * squares @ squares) @ want)
+    torch.testing.assert_close(got.double(), want.mT if shape[1] > shape[2] else want, rtol=0, atol=0.01)
+    assert (got.double() == (want.mT if shape[1] > shape[2] else want)).float().mean() > 0.5
 
 
 def test_polar_express_is_nearer_to_the_polar_factor() -> None:

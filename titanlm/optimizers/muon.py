@@ -79,7 +79,7 @@ class MuonConfig:
     normalise: Literal["none", "rows"] = "none"
     """`rows`: each row of an update is divided by its L2 norm before Newton-Schulz (MuonEq-R)."""
     ns_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of Newton-Schulz and of what ranks exchange; on a CPU without bf16 instructions fp32 is many times faster."""
+    """Of Newton-Schulz and of what ranks exchange."""
     momentum_dtype: Literal["fp32", "bf16"] = "fp32"
     """`bf16` halves the state; a step adds the gradient in fp32, and rounds what it keeps to the nearest."""
 

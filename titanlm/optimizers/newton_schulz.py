@@ -29,6 +29,7 @@ from torch import Tensor
 
 from titanlm.kernels.fused import serve
 from titanlm.kernels.symmetric import gram, polynomial
+from titanlm.precision import multiplied_in
 
 Coefficients = Literal["quintic", "polar_express"]
 
@@ -67,8 +68,15 @@ def newton_schulz(x: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
 
 
 def _step(bank: Tensor, a: float, b: float, c: float) -> Tensor:
-    squares = torch.bmm(bank, bank.mT)
-    return torch.baddbmm(bank, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), bank, beta=a)
+    dtype = multiplied_in(bank)
+
+    def rounded(product: Tensor) -> Tensor:
+        return product.to(bank.dtype).to(dtype)
+
+    x = bank.to(dtype)
+    squares = rounded(torch.bmm(x, x.mT))
+    polynomial = rounded(torch.baddbmm(squares, squares, squares, beta=b, alpha=c))
+    return torch.baddbmm(x, polynomial, x, beta=a).to(bank.dtype)
 
 
 def _step_by_halves(bank: Tensor, a: float, b: float, c: float) -> Tensor:

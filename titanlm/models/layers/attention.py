@@ -44,6 +44,7 @@ from titanlm.models.layers.linear import Linear, scaled
 from titanlm.models.layers.norm import RMSNorm
 from titanlm.models.layers.product import Product, shared_product
 from titanlm.models.layers.rope import rotate
+from titanlm.precision import multiplied_in
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -239,7 +240,9 @@ def keep_block_masks_outside_graphs() -> None:
 def attend_by_torch(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """q (B, T, H, dh), k and v (B, S, K, dh) → (B, T, H, dh), by torch's own functions: "math", else FlexAttention or SDPA as the mask is."""
     attend = _attend_math if backend == "math" else _attend_sdpa if mask is None or isinstance(mask, Tensor) else _attend_flex
-    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+    dtype = multiplied_in(q)
+    wide_q, wide_k, wide_v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    return attend(wide_q, wide_k, wide_v, mask).transpose(1, 2).to(q.dtype)
 
 
 # Each takes q (B, H, T, dh), k and v (B, K, S, dh) and gives (B, H, T, dh) in the dtype of q.

@@ -18,28 +18,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.models.layers.rounding import declared
+from titanlm.precision import multiplied_in
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(..., n_in) and (n_out, n_in), of one dtype → (..., n_out) in that dtype: x Wᵀ, differentiable in both."""
 
-_CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    """A ``Product``: torch's own.
-
-    That is one or two orders of magnitude slower in bf16 than in fp32 on a CPU
-    without instructions for it. There bf16 is multiplied in fp32 and results are
-    rounded once: the same numbers but for the order of sums, either way.
-    """
-    if x.dtype is torch.bfloat16 and x.is_cpu and not _CPU_MULTIPLIES_BF16:
-        return F.linear(x.float(), weight.float()).bfloat16()
-    return F.linear(x, weight)
+    """A ``Product``: torch's own, of a CPU in the dtype that ``multiplied_in`` says, forward and backward."""
+    dtype = multiplied_in(x)
+    if dtype is x.dtype:
+        return F.linear(x, weight)
+    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
 def product_of(module: nn.Module, name: str, default: Product = plain_product) -> Product:
