@@ -28,12 +28,16 @@ def test_bf16_is_rounded_once_whatever_the_cpu_can_do(has_bf16: bool, monkeypatc
     monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", has_bf16)
     generator = torch.Generator().manual_seed(0)
     x, weight, g = (torch.randn(shape, generator=generator).bfloat16() for shape in ((5, 3, 7), (11, 7), (5, 3, 11)))
+    dtypes: list[torch.dtype] = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight: dtypes.append(x.dtype) or linear(x, weight))
     rows, gradients = x.double().flatten(0, 1), g.double().flatten(0, 1)
     exact = [x.double() @ weight.double().T, g.double() @ weight.double(), gradients.T @ rows]
     for ours, true in zip(passes(x, weight, g), exact, strict=True):
         assert ours.dtype == torch.bfloat16
         # Sums that cancel are as exact as fp32, and their bf16 is finer than that.
         torch.testing.assert_close(ours.double(), true, rtol=2**-8, atol=1e-6)
+    assert dtypes == [torch.bfloat16 if has_bf16 else torch.float32]
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])

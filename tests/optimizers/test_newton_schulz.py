@@ -61,7 +61,11 @@ def test_bf16_is_rounded_once_a_product_whatever_the_cpu_can_do(has_bf16: bool, 
     """Beside float64 products of the rounded numbers; sums in another order may round the other way, and singular values near 1 keep that small."""
     monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", has_bf16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    dtypes: set[torch.dtype] = set()
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: dtypes.add(a.dtype) or bmm(a, b))
     got = newton_schulz(x, 5, "polar_express")
+    assert dtypes == {torch.bfloat16 if has_bf16 else torch.float32}
     assert got.dtype == torch.bfloat16
 
     def rounded(exact: torch.Tensor) -> torch.Tensor:

@@ -75,8 +75,8 @@ def _step(bank: Tensor, a: float, b: float, c: float) -> Tensor:
 
     x = bank.to(dtype)
     squares = rounded(torch.bmm(x, x.mT))
-    polynomial = rounded(torch.baddbmm(squares, squares, squares, beta=b, alpha=c))
-    return torch.baddbmm(x, polynomial, x, beta=a).to(bank.dtype)
+    factor = rounded(torch.baddbmm(squares, squares, squares, beta=b, alpha=c))
+    return torch.baddbmm(x, factor, x, beta=a).to(bank.dtype)
 
 
 def _step_by_halves(bank: Tensor, a: float, b: float, c: float) -> Tensor:
