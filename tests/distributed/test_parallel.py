@@ -27,8 +27,8 @@ def scores(run: Path) -> dict[str, float]:
     return {name: value for row in rows(run) for name, value in row.items() if name.startswith("validation/")}
 
 
-def close(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-6) for x, y in zip(a, b, strict=True))
+def close(a: Any, b: Any, rel_tol: float = 1e-6) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=rel_tol) for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture
@@ -77,8 +77,10 @@ def test_sharded_forms_of_the_model_equal_one_process(tiny: Path, zygote: Any, s
     zygote.train(tiny, "--run.name=one", *common).expect(0)
     zygote.train(tiny, "--run.name=two", "--parallel.strategy=fsdp2", *common, *own, ranks=2).expect(0)
     one, two = tiny.parent / "runs" / "one", tiny.parent / "runs" / "two"
-    assert close(losses(two), losses(one))
-    assert close(list(scores(two).values()), list(scores(one).values()))
+    # Sums in another order move the last bit of an fp32 weight, and where that decides how it is rounded its bf16 number moves by 2⁻⁸.
+    rel_tol = 1e-5 if "--train.precision=bf16" in settings else 1e-6
+    assert close(losses(two), losses(one), rel_tol)
+    assert close(list(scores(two).values()), list(scores(one).values()), rel_tol)
     samples = [[line for line in (run / "log.txt").read_text().splitlines() if "sample at" in line] for run in (one, two) if (run / "log.txt").exists()]
     assert all(sample == samples[0] for sample in samples)
 
