@@ -445,8 +445,15 @@ def _check_model(config: RunConfig, report: Report) -> None:
     report.problems += [f"optimizer.{problem}" for problem in claims.problems]
     parameters, roles = dict(model.named_parameters()), roles_of(model)
     for index, (entry, names) in enumerate(zip(config.optimizer, claims.claimed, strict=True)):
-        own = [NamedParam(name, parameters[name], roles[name]) for name in names]
+        own, before = [NamedParam(name, parameters[name], roles[name]) for name in names], [parameters[name].dtype for name in names]
         report.attempt(f"optimizer.{index}", partial(entry.build, named_params=own) if own else lambda: None)
+        halved = [name for name, dtype in zip(names, before, strict=True) if parameters[name].dtype != dtype]
+        if halved and (strategy := config.parallel.strategy) != "none":
+            why = f"{halved[0]} would be bf16, and strategy {strategy!r} would sum its gradients in that"
+            report.problems.append(f'optimizer.{index}.weight_dtype: {why}; keep "fp32" with several processes')
+        if halved and config.train.precision != "bf16":
+            why = f"{halved[0]} would be bf16, and products in {config.train.precision} would miss the rest of it"
+            report.problems.append(f'optimizer.{index}.weight_dtype: {why}; set train.precision = "bf16", or keep "fp32"')
     if claims.unclaimed:
         shown = ", ".join(claims.unclaimed[:5]) + ("…" if len(claims.unclaimed) > 5 else "")
         report.problems.append(f'optimizer: no entry claims {shown}; add an entry with params = ["*"] at the end')
@@ -490,7 +497,7 @@ def summary(config: RunConfig, report: Report, held: dict[str, int]) -> Iterator
     train, legs = config.train, legs_of(config)
     tokens, flops = sum(leg.tokens for leg in legs), sum(model.flops_per_token(leg.seq_len) * leg.tokens for leg in legs)
     each = [f"{model.flops_per_token(seq_len):,.0f}" for seq_len in sorted({leg.seq_len for leg in legs})]
-    memory = sum(held.values()) + sum(parameter.nbytes for parameter in trained)
+    memory = sum(held.values()) + sum(parameter.numel() * parameter.grad_dtype.itemsize for parameter in trained)
     *parts_held, last = "weights", "gradients", *list(held)[1:]
     rows = train.rows(train.seq_len)
     parts = "micro-batches of as many rows as a probe at the start finds to fit" if rows is None else f"{train.global_batch // rows} micro-batches"

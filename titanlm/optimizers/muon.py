@@ -48,6 +48,7 @@ from torch import Tensor
 from titanlm.constraints import Decay, NonNegativeFloat, PositiveFew, PositiveFloat
 from titanlm.optimizers.compiled import compiled, scalar
 from titanlm.optimizers.newton_schulz import Coefficients, newton_schulz
+from titanlm.optimizers.split_weights import joined, split_, store
 from titanlm.patterns import NamedParam
 from titanlm.registry import Component, Slot, register
 from titanlm.state_tree import is_distributed
@@ -82,6 +83,8 @@ class MuonConfig:
     """Of Newton-Schulz and of what ranks exchange."""
     momentum_dtype: Literal["fp32", "bf16"] = "fp32"
     """`bf16` halves the state; a step adds the gradient in fp32, and rounds what it keeps to the nearest."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: the model keeps the numbers that it multiplies by, and the state the other 16 bits of each weight; for one process."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -102,6 +105,11 @@ class Muon(torch.optim.Optimizer):
         self.config, self.compile_kernels = config, False
         steps, coefficients = config.ns_steps, config.coefficients
         self.orthogonalise: Callable[[Tensor], Tensor] = partial(newton_schulz, steps=steps, coefficients=coefficients)
+        if config.weight_dtype == "bf16":
+            for parameter in parameters:
+                low_bits = split_(parameter)
+                buffer = torch.zeros_like(parameter, dtype=torch.bfloat16 if config.momentum_dtype == "bf16" else torch.float32)
+                self.state[parameter] = {"momentum_buffer": buffer, "low_bits": low_bits}
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override] # no closure: nothing here evaluates a loss
@@ -117,21 +125,24 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, members: list[Tensor], bad: Tensor | None, lr: float, momentum: float, weight_decay: float) -> None:
         for parameter in members:
-            dtype, state = torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.dtype, self.state[parameter]
+            dtype, state = torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.grad.dtype, self.state[parameter]  # type: ignore[union-attr]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
             elif state["momentum_buffer"].dtype != dtype:  # taken up from a run that kept it in another
                 state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
+            if self.config.weight_dtype == "fp32" and "low_bits" in state:  # taken up from a run that kept weights in halves
+                parameter.copy_(joined(parameter.bfloat16(), state.pop("low_bits")))
         parameters = [_local(parameter) for parameter in members]
         gradients = [_local(parameter.grad) for parameter in members]
         buffers = [_local(self.state[parameter]["momentum_buffer"]) for parameter in members]
+        lows = [self.state[parameter]["low_bits"] for parameter in members] if self.config.weight_dtype == "bf16" else []
         rows, columns = members[0].shape
         decay, step_size = 1.0 - lr * weight_decay, lr * math.sqrt(max(1.0, rows / columns))
         if self.compile_kernels:
             how = (self.config.nesterov, self.config.normalise == "rows", DTYPES[self.config.ns_dtype])
             bank = compiled(look_ahead)(gradients, buffers, scalar(momentum), bad, *how)
             bank = self._orthogonal(bank, members[0])
-            compiled(apply)([parameter.detach() for parameter in parameters], bank, scalar(decay), scalar(step_size), bad)
+            compiled(apply)([parameter.detach() for parameter in parameters], lows, bank, scalar(decay), scalar(step_size), bad)
             return
         update = torch.stack(gradients)
         if bad is not None:
@@ -152,9 +163,12 @@ class Muon(torch.optim.Optimizer):
         update.copy_(self._orthogonal(update.to(DTYPES[self.config.ns_dtype]), members[0]))
         if bad is not None:
             update.masked_fill_(bad, 0.0)
+        weights = [joined(*both) for both in zip(parameters, lows, strict=True)] if lows else parameters
         if weight_decay:
-            torch._foreach_mul_(parameters, unless_bad(decay))
-        torch._foreach_sub_(parameters, update.unbind(), alpha=step_size)
+            torch._foreach_mul_(weights, unless_bad(decay))
+        torch._foreach_sub_(weights, update.unbind(), alpha=step_size)
+        for weight, parameter, low in zip(weights, parameters, lows):
+            store(weight, parameter, low)
 
     def _orthogonal(self, bank: Tensor, like: Tensor) -> Tensor:
         """A bank orthogonalised, of which this rank has as much as of the parameter ``like``."""
@@ -203,11 +217,16 @@ def look_ahead(
     return torch.stack(bank)
 
 
-def apply(parameters: list[Tensor], bank: Tensor, decay: Tensor, step_size: Tensor, bad: Tensor | None) -> None:
-    """Weight decay and the update, unless ``bad``."""
-    for parameter, direction in zip(parameters, bank.unbind(), strict=True):
-        moved = parameter * decay - direction.to(parameter.dtype) * step_size
-        parameter.copy_(moved if bad is None else torch.where(bad, parameter, moved))
+def apply(parameters: list[Tensor], lows: list[Tensor], bank: Tensor, decay: Tensor, step_size: Tensor, bad: Tensor | None) -> None:
+    """Weight decay and the update, unless ``bad``; ``lows`` is empty where weights are whole."""
+    for index, (parameter, direction) in enumerate(zip(parameters, bank.unbind(), strict=True)):
+        weight = joined(parameter, lows[index]) if lows else parameter
+        moved = weight * decay - direction.to(weight.dtype) * step_size
+        kept = moved if bad is None else torch.where(bad, weight, moved)
+        if lows:
+            store(kept, parameter, lows[index])
+        else:
+            parameter.copy_(kept)
 
 
 def _row_norms(matrices: Tensor) -> Tensor:
