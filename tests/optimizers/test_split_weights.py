@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titanlm import checkpoint
 from titanlm.check import check
@@ -16,8 +16,9 @@ from titanlm.errors import CheckpointError
 from titanlm.export import export_run
 from titanlm.exporters.artifact import read_artifact
 from titanlm.exporters.encoding import decode_tensors
-from titanlm.models.layers.linear import Linear
-from titanlm.models.layers.rounding import in_use
+from titanlm.models.layers import embedding, head, linear, rounding
+from titanlm.models.layers.embedding import Embedding
+from titanlm.models.layers.head import Head
 from titanlm.optimizers.split_weights import halves, joined
 from titanlm.patterns import NamedParam
 from titanlm.registry import Component
@@ -89,19 +90,21 @@ def trained(tiny: Path, name: str, *overrides: str, stop: int = 6) -> dict[str, 
         return {name: whole(parameter, trainer.optimizers[0]).clone() for parameter, name in trainer.names.items()}
 
 
-@pytest.mark.parametrize("micro_batch", [4, 8])
-def test_a_run_is_that_of_whole_weights_to_the_bit(tiny: Path, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overrides", [["--train.micro_batch=4"], ["--train.micro_batch=8"], ["--model.embedding_rank=16", "--loss.chunk_tokens=64"]])
+def test_a_run_is_that_of_whole_weights_to_the_bit(tiny: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole ones being rounded for products as ``halves`` rounds, which differs from torch where two numbers are as near. Passes add up in fp32 either way."""
 
-    def used_weight(layer: Linear, dtype: torch.dtype) -> Tensor:
-        fixed = layer.weight.detach()
-        return (layer.weight + (halves(fixed)[0].float() - fixed)).to(dtype)
+    def as_halved(module: nn.Module, name: str) -> Tensor:
+        weight: Tensor = getattr(module, name)
+        fixed = weight.detach()
+        left = fixed.dtype == torch.bfloat16 or (isinstance(module, Embedding | Head) and name == "weight")  # rounded already, or not muon's
+        return weight if left else weight + (halves(fixed)[0].float() - fixed)
 
-    rows = f"--train.micro_batch={micro_batch}"
-    split = trained(tiny, "split", optimizer_of("bf16"), rows)
+    split = trained(tiny, "split", optimizer_of("bf16"), *overrides)
     with monkeypatch.context() as patched:
-        patched.setattr(Linear, "used_weight", used_weight)
-        entire = trained(tiny, "entire", optimizer_of("fp32"), rows)
+        for user in (linear, embedding, head, rounding):
+            patched.setattr(user, "in_use", as_halved)
+        entire = trained(tiny, "entire", optimizer_of("fp32"), *overrides)
     assert [name for name in entire if not torch.equal(entire[name], split[name])] == []
 
 
@@ -115,33 +118,46 @@ def test_a_resumed_run_goes_on_to_the_bit(tiny: Path) -> None:
     assert dtypes == {torch.float32, torch.bfloat16}
 
 
-SPLIT_TO_WHOLE = (optimizer_of("fp32"), '--checkpoint.allow_changes=["optimizer"]')
+TO_WHOLE = (optimizer_of("fp32"), '--checkpoint.allow_changes=["optimizer"]')
 
 
-def test_a_run_may_go_on_with_whole_weights_and_loses_no_bit(tiny: Path) -> None:
+@pytest.mark.parametrize("priming_steps", [0, 1])
+def test_a_run_may_go_on_with_whole_weights_and_loses_no_bit(tiny: Path, priming_steps: int) -> None:
+    """Primed or not, and back to where it began when the loss has jumped."""
     split = trained(tiny, "moved", optimizer_of("bf16"), stop=3)
-    with Trainer(load(tiny, [*RUN, "--run.name=moved", *SPLIT_TO_WHOLE])) as trainer:
-        muon, names = trainer.optimizers[0], trainer.names
-        muon.param_groups[0]["peak_lr"] = 0.0  # so that the step shows what it begins with
-        muon.param_groups[0]["weight_decay"] = 0.0
-        trainer.train_step()
-        moved = {name: parameter.detach().clone() for parameter, name in names.items() if parameter in muon.state}
-        assert not any("low_bits" in state for state in muon.state.values())
-    assert {weight.dtype for weight in moved.values()} == {torch.float32}
-    assert [name for name in moved if not torch.equal(moved[name], split[name])] == []
+    with Trainer(load(tiny, [*RUN, "--run.name=moved", f"--train.priming_steps={priming_steps}", *TO_WHOLE])) as trainer:
+        trainer._prime()
+        for _ in range(2):
+            moved = {name: parameter.detach() for parameter, name in trainer.names.items()}
+            assert {weight.dtype for weight in moved.values()} == {torch.float32}
+            assert [name for name in moved if not torch.equal(moved[name], split[name])] == []
+            assert not any("low_bits" in state for state in trainer.optimizers[0].state.values())
+            trainer.train_step()
+            trainer._roll_back(3)
 
 
 def test_a_run_of_whole_weights_does_not_go_on_in_halves(tiny: Path) -> None:
-    trained(tiny, "moved", optimizer_of("fp32"), stop=1)
-    with pytest.raises(CheckpointError, match=r"saved as momentum_buffer float32, and this optimizer keeps momentum_buffer float32, low_bits int16"):
-        Trainer(load(tiny, [*RUN, "--run.name=moved", optimizer_of("bf16"), '--checkpoint.allow_changes=["optimizer"]']))
+    """Nor one that has made no step yet, and so no state."""
+    for stop, kept in ((0, "nothing"), (1, "momentum_buffer float32")):
+        trained(tiny, f"moved-{stop}", optimizer_of("fp32"), stop=stop)
+        with pytest.raises(CheckpointError, match=rf"saved as {kept}, and this optimizer keeps momentum_buffer float32, low_bits int16; .*weight_dtype"):
+            Trainer(load(tiny, [*RUN, f"--run.name=moved-{stop}", optimizer_of("bf16"), '--checkpoint.allow_changes=["optimizer"]']))
+
+
+def test_momentum_may_go_on_in_another_dtype(tiny: Path) -> None:
+    before = trained(tiny, "moved", optimizer_of("bf16"), stop=2)
+    with Trainer(load(tiny, [*RUN, "--run.name=moved", optimizer_of("bf16", ', momentum_dtype="bf16"'), *TO_WHOLE[1:]])) as trainer:
+        muon = trainer.optimizers[0]
+        assert {state["momentum_buffer"].dtype for state in muon.state.values()} == {torch.bfloat16}
+        assert all(torch.equal(whole(parameter, muon), before[trainer.names[parameter]]) for parameter in muon.state)
+        trainer.train_step()
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp2"])
 def test_several_processes_are_refused_before_a_device_is_touched(tiny: Path, strategy: str) -> None:
     problems = check(load(tiny, [*RUN, optimizer_of("bf16"), f"--parallel.strategy={strategy}"])).problems
     told = f"blocks.0.attention.q_proj.weight would be bf16, and strategy {strategy!r} would sum its gradients in that"
-    assert f'optimizer.0.weight_dtype: {told}; keep "fp32" with several processes' in problems
+    assert problems == [f'optimizer.0.weight_dtype: {told}; keep "fp32" with several processes']
 
 
 def test_products_in_fp32_are_refused(tiny: Path) -> None:
@@ -167,15 +183,19 @@ def test_bytes_of_both_halves(tiny: Path) -> None:
     assert f"memory           {(sum(parts.values()) + 4 * numbers) / 2**30:.3f} GiB for weights, gradients, moments and average" in report.summary
 
 
-def test_an_artifact_holds_what_was_multiplied_by(tiny: Path) -> None:
-    """Rounded in training as in the artifact, to the bit."""
-    tiny.write_text(tiny.read_text().replace('[averager]\nname = "ema"\ndecay = 0.9\n', ""))
+def test_what_is_rounded_in_training_stays_whole(tiny: Path) -> None:
+    """Where a model scales a matrix before it multiplies, the bf16 half is not what an artifact holds."""
     rounding = '--quantizer=[{name="int6", params=["@matrix"], qat=true}]'
-    with Trainer(load(tiny, [*RUN, "--run.name=rounded", optimizer_of("bf16"), rounding])) as trainer:
+    told = "blocks.0.attention.q_proj.weight would be bf16, and a quantizer with qat = true rounds whole weights in training"
+    assert check(load(tiny, [*RUN, optimizer_of("bf16"), rounding])).problems == [f'optimizer.0.weight_dtype: {told}; leave one of them out, or keep "fp32"']
+
+
+def test_an_artifact_holds_the_bf16_half(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace('[averager]\nname = "ema"\ndecay = 0.9\n', ""))
+    with Trainer(load(tiny, [*RUN, "--run.name=exported", "--export.dtype=float32", optimizer_of("bf16")])) as trainer:
         trainer.train()
-        used = {name: in_use(trainer.model.get_submodule(path), "weight") for name in trainer.names.values() if (path := name.removesuffix(".weight"))}
-        matrices = {trainer.names[parameter] for parameter in trainer.optimizers[0].state}
-    artifact = tiny.parent / "rounded.titanlm"
-    export_run(tiny.parent / "runs" / "rounded", output=artifact, scored=False)
+        used = {name: parameter.detach().float() for parameter, name in trainer.names.items()}
+    artifact = tiny.parent / "exported.titanlm"
+    export_run(tiny.parent / "runs" / "exported", output=artifact, scored=False)
     weights = decode_tensors(read_artifact(artifact).tensors)
-    assert [name for name in matrices if not torch.equal(weights[name].bfloat16(), used[name])] == []
+    assert [name for name in used if not torch.equal(weights[name].float(), used[name])] == []

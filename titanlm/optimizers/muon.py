@@ -88,7 +88,9 @@ class MuonConfig:
 
 
 class Muon(torch.optim.Optimizer):
-    """``muon``, which see. Parameters and gradients have one dtype (fp32 masters), and ``momentum_buffer`` the same or bf16.
+    """``muon``, which see. Parameters have one dtype (fp32 masters, or their bf16 halves beside ``low_bits``), gradients that of masters.
+
+    ``momentum_buffer`` has the gradients' dtype or bf16.
 
     ``lr``, ``momentum`` and ``weight_decay`` are read from the groups at every
     step; the rest is fixed. ``found_inf``, a 0-d float tensor beside the
@@ -105,11 +107,24 @@ class Muon(torch.optim.Optimizer):
         self.config, self.compile_kernels = config, False
         steps, coefficients = config.ns_steps, config.coefficients
         self.orthogonalise: Callable[[Tensor], Tensor] = partial(newton_schulz, steps=steps, coefficients=coefficients)
-        if config.weight_dtype == "bf16":
-            for parameter in parameters:
-                low_bits = split_(parameter)
-                buffer = torch.zeros_like(parameter, dtype=torch.bfloat16 if config.momentum_dtype == "bf16" else torch.float32)
-                self.state[parameter] = {"momentum_buffer": buffer, "low_bits": low_bits}
+        self.state_at_once = config.weight_dtype == "bf16"
+        for parameter in parameters if self.state_at_once else ():
+            low_bits = split_(parameter)
+            self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter, dtype=self._momentum_dtype(parameter)), "low_bits": low_bits}
+
+    def _momentum_dtype(self, parameter: Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.grad_dtype or parameter.dtype
+
+    @torch.no_grad()
+    def accept(self, parameter: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        """The state it goes on with: momentum in the dtype asked for; of weights that were kept in halves, those that it keeps whole are made whole."""
+        state = dict(saved)
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = state["momentum_buffer"].to(self._momentum_dtype(parameter))
+        if not self.state_at_once and "low_bits" in state:
+            weight, low_bits = _local(parameter), _local(state.pop("low_bits"))
+            weight.copy_(joined(weight.bfloat16(), low_bits.to(weight.device)))
+        return state
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override] # no closure: nothing here evaluates a loss
@@ -125,17 +140,12 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, members: list[Tensor], bad: Tensor | None, lr: float, momentum: float, weight_decay: float) -> None:
         for parameter in members:
-            dtype, state = torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.grad.dtype, self.state[parameter]  # type: ignore[union-attr]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
-            elif state["momentum_buffer"].dtype != dtype:  # taken up from a run that kept it in another
-                state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
-            if self.config.weight_dtype == "fp32" and "low_bits" in state:  # taken up from a run that kept weights in halves
-                parameter.copy_(joined(parameter.bfloat16(), state.pop("low_bits")))
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=self._momentum_dtype(parameter))
         parameters = [_local(parameter) for parameter in members]
         gradients = [_local(parameter.grad) for parameter in members]
         buffers = [_local(self.state[parameter]["momentum_buffer"]) for parameter in members]
-        lows = [self.state[parameter]["low_bits"] for parameter in members] if self.config.weight_dtype == "bf16" else []
+        lows = [self.state[parameter]["low_bits"] for parameter in members] if self.state_at_once else []
         rows, columns = members[0].shape
         decay, step_size = 1.0 - lr * weight_decay, lr * math.sqrt(max(1.0, rows / columns))
         if self.compile_kernels:
