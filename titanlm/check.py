@@ -437,6 +437,16 @@ def quantizer_claims(config: RunConfig, model: Any) -> Claims:
     return claim(names, [quantizer.config.params for quantizer in config.quantizer], groups)
 
 
+def _halving_problems(config: RunConfig, halved: list[str], in_training: set[str]) -> Iterator[str]:
+    """Why an optimizer may not keep these parameters in bf16, and the rest of them itself."""
+    if (strategy := config.parallel.strategy) != "none":
+        yield f'{halved[0]} would be bf16, and strategy {strategy!r} would sum its gradients in that; keep "fp32" with several processes'
+    if (precision := config.train.precision) != "bf16":
+        yield f'{halved[0]} would be bf16, and products in {precision} would miss the rest of it; set train.precision = "bf16", or keep "fp32"'
+    if both := [name for name in halved if name in in_training]:
+        yield f'{both[0]} would be bf16, and a quantizer with qat = true rounds whole weights in training; leave one of them out, or keep "fp32"'
+
+
 def _check_model(config: RunConfig, report: Report) -> None:
     model = report.model
     claims = report.attempt("model", lambda: optimizer_claims(config, model))
@@ -444,14 +454,19 @@ def _check_model(config: RunConfig, report: Report) -> None:
         return
     report.problems += [f"optimizer.{problem}" for problem in claims.problems]
     parameters, roles = dict(model.named_parameters()), roles_of(model)
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in parameters.values()}  # before an optimizer halves some
+    rounded = quantizer_claims(config, model)
+    in_training = {name for entry, names in zip(config.quantizer, rounded.claimed, strict=False) if getattr(entry.config, "qat", False) for name in names}
     for index, (entry, names) in enumerate(zip(config.optimizer, claims.claimed, strict=True)):
-        own = [NamedParam(name, parameters[name], roles[name]) for name in names]
+        own, before = [NamedParam(name, parameters[name], roles[name]) for name in names], [parameters[name].dtype for name in names]
         report.attempt(f"optimizer.{index}", partial(entry.build, named_params=own) if own else lambda: None)
+        halved = [name for name, dtype in zip(names, before, strict=True) if parameters[name].dtype != dtype]
+        if halved:
+            report.problems += [f"optimizer.{index}.weight_dtype: {why}" for why in _halving_problems(config, halved, in_training)]
     if claims.unclaimed:
         shown = ", ".join(claims.unclaimed[:5]) + ("…" if len(claims.unclaimed) > 5 else "")
         report.problems.append(f'optimizer: no entry claims {shown}; add an entry with params = ["*"] at the end')
-    report.problems += [f"quantizer.{problem}" for problem in quantizer_claims(config, model).problems]
-    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    report.problems += [f"quantizer.{problem}" for problem in rounded.problems]
     if len(dtypes) > 1 and config.parallel.strategy in ("fsdp2", "hsdp"):
         remedy = 'keep them in one (golf: model.embedding_dtype = "float32"), or use strategy "replicate"'
         report.problems.append(
@@ -490,7 +505,7 @@ def summary(config: RunConfig, report: Report, held: dict[str, int]) -> Iterator
     train, legs = config.train, legs_of(config)
     tokens, flops = sum(leg.tokens for leg in legs), sum(model.flops_per_token(leg.seq_len) * leg.tokens for leg in legs)
     each = [f"{model.flops_per_token(seq_len):,.0f}" for seq_len in sorted({leg.seq_len for leg in legs})]
-    memory = sum(held.values()) + sum(parameter.nbytes for parameter in trained)
+    memory = sum(held.values()) + sum(parameter.numel() * parameter.grad_dtype.itemsize for parameter in trained)
     *parts_held, last = "weights", "gradients", *list(held)[1:]
     rows = train.rows(train.seq_len)
     parts = "micro-batches of as many rows as a probe at the start finds to fit" if rows is None else f"{train.global_batch // rows} micro-batches"

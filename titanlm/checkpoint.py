@@ -482,7 +482,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], state: dict[str, Any]) -> None:
     """Load what ``optimizer_state`` gave; Stored values are laid out as those that the optimizer has, or else as the parameter is.
 
-    Raises CheckpointError when the state is of other parameters or groups.
+    An optimizer may have ``accept(parameter, state)``, which gives what of a
+    parameter's saved state it goes on with, after the weights were loaded, and
+    ``state_at_once``, true where it is never without state. Raises
+    CheckpointError when the state is of other parameters or groups, or of
+    another form.
     """
     owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = state["params"]
@@ -491,18 +495,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
         what = f"of {', '.join(unknown)}" if unknown else f"in {len(state['groups'])} groups"
         raise CheckpointError(f"optimizer state {what} does not belong to this optimizer; did `params` patterns change?")
     own = {parameter: optimizer.state.get(parameter, {}) for parameter in owned}
-    values = {
-        parameter: {
-            key: value.like(own[parameter].get(key, parameter)) if isinstance(value, Stored) else value for key, value in saved[names[parameter]].items()
-        }
-        for parameter in owned
-        if names[parameter] in saved
-    }
+    accept: Callable[[Tensor, dict[str, Any]], dict[str, Any]] = getattr(optimizer, "accept", lambda _, loaded: loaded)
+    values = {}
+    for parameter in owned:
+        if names[parameter] in saved:
+            items = saved[names[parameter]].items()
+            values[parameter] = accept(
+                parameter, {key: value.like(own[parameter].get(key, parameter)) if isinstance(value, Stored) else value for key, value in items}
+            )
     groups = optimizer.state_dict()["param_groups"]
     for group, stored in zip(groups, fit(state["groups"]), strict=True):
         group.update({key: value for key, value in stored.items() if key not in CONFIGURED and not key.startswith("peak_")})
-    for parameter, loaded in values.items():
-        _require_form(optimizer, names[parameter], parameter, own[parameter], loaded)
+    for parameter in owned if getattr(optimizer, "state_at_once", False) else values:
+        _require_form(optimizer, names[parameter], parameter, own[parameter], values.get(parameter, {}))
     if values.keys() == set(owned) and all(own[parameter].keys() == loaded.keys() for parameter, loaded in values.items()):
         # Into what is there: no second copy, and no cast on the way, which would ruin codes of moments.
         for parameter, loaded in values.items():
@@ -531,6 +536,6 @@ def _require_form(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor
     else:
         return
     if saved != wanted:
-        before, now = (", ".join(f"{key} {str(dtype).removeprefix('torch.')}" for key, dtype in form.items()) for form in (saved, wanted))
-        remedy = "go back to the optimizer's former settings (moments), or begin a new run from the weights with checkpoint.initial_load"
+        before, now = (", ".join(f"{key} {str(dtype).removeprefix('torch.')}" for key, dtype in form.items()) or "nothing" for form in (saved, wanted))
+        remedy = "go back to the optimizer's former settings (moments, weight_dtype), or begin a new run from the weights with checkpoint.initial_load"
         raise CheckpointError(f"optimizer state of {name} was saved as {before}, and this optimizer keeps {now}; {remedy}")

@@ -103,7 +103,7 @@ def pass_bytes(config: RunConfig, model: Any, rows: int, seq_len: int) -> int:
     batch = Batch(tokens=wide, labels=wide, positions=narrow, document_ids=wide, target_bytes=narrow, document_mask=config.data.document_mask)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
+        parameter.grad = torch.empty_like(parameter, dtype=parameter.grad_dtype)
     with Held() as held:
         sums, aux = module(batch)
         ((sums.loss + sum(aux.values())) / batch.labels.numel()).backward()

@@ -121,13 +121,13 @@ class Layout:
 
     def memory(self) -> Memory:
         parallel = self.config.parallel
+        moments = optimizer_bytes(self.config, self.model)  # first: an optimizer may halve the weights, and keep the rest itself
         parts = sum(self.part(parameter) * parameter.element_size() for parameter in self.parameters)
-        moments = optimizer_bytes(self.config, self.model)
         kept = {"weights": parts, "moments": sum(-(-moments[id(p)] * self.part(p) // p.numel()) for p in self.trained if p.numel())}
         if self.config.averager is not None:
             kept["average"] = sum(4 * self.part(parameter) for parameter in self.parameters)
         whole = self.strategy in SHARDED and self.accumulation != 1
-        gradients = {"gradients": sum((p.numel() if whole else self.part(p)) * p.element_size() for p in self.trained)}
+        gradients = {"gradients": sum((p.numel() if whole else self.part(p)) * p.grad_dtype.itemsize for p in self.trained)}
         gathered = {}
         if self.shards > 1:
             sizes = sorted(sum(p.numel() for p in block) for block in self.blocks)
@@ -139,7 +139,7 @@ class Layout:
 
     def traffic(self) -> Traffic:
         size = self.world.size
-        gradients = sum(self.part(parameter) * parameter.element_size() for parameter in self.trained)
+        gradients = sum(self.part(parameter) * parameter.grad_dtype.itemsize for parameter in self.trained)
         if self.strategy == "none":
             return Traffic()
         if self.strategy == "replicate":

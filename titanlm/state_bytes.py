@@ -29,7 +29,7 @@ def optimizer_bytes(config: RunConfig, model: Any) -> dict[int, int]:
     for component, names in zip(config.optimizer, claims.claimed, strict=True):
         optimizer = component.build(named_params=[NamedParam(name, parameters[name], roles[name]) for name in names])
         for name in names:
-            parameters[name].grad = torch.empty_like(parameters[name])
+            parameters[name].grad = torch.empty_like(parameters[name], dtype=parameters[name].grad_dtype)
         try:
             optimizer.step()
         except Exception:  # it may look at values, which are not there
@@ -46,5 +46,6 @@ def optimizer_bytes(config: RunConfig, model: Any) -> dict[int, int]:
 def state_bytes(config: RunConfig, model: Any) -> dict[str, int]:
     """By part, of the whole model: what a checkpoint holds, and a device that holds it all. Raises ValueError as ``optimizer_bytes`` does."""
     parameters = list(model.parameters())
-    found = {"weights": sum(parameter.nbytes for parameter in parameters), "moments": sum(optimizer_bytes(config, model).values())}
+    moments = sum(optimizer_bytes(config, model).values())  # first: an optimizer may halve the weights, and keep the rest itself
+    found = {"weights": sum(parameter.nbytes for parameter in parameters), "moments": moments}
     return found if config.averager is None else {**found, "average": sum(4 * parameter.numel() for parameter in parameters)}

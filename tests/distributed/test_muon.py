@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +161,19 @@ def test_a_run_resumed_on_other_ranks_equals_one_process(resumed_on_other_ranks:
     """Rows of d_ff = 66 do not divide by four."""
     resumed, alone = resumed_on_other_ranks(how, MUON, "--model.d_ff=66")
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(resumed, alone, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "replicate"])
+def test_weights_in_halves_are_made_whole_for_several_ranks(tiny: Path, zygote: Any, how: str) -> None:
+    common = ["--train.micro_batch=1", "--train.precision=bf16", "--scheduler=constant", "--validation=[]", "--checkpoint.every=3"]
+    form = '--optimizer=[{{name="muon", ns_dtype="fp32", weight_dtype="{}"}}, {{name="adamw"}}]'
+    found = []
+    for name, strategy, ranks in (("one", "none", 1), ("two", how, 2)):
+        zygote.train(tiny, f"--run.name={name}", form.format("bf16"), *common, "--train.steps=3").expect(0)
+        whole = [form.format("fp32"), '--checkpoint.allow_changes=["optimizer"]', f"--parallel.strategy={strategy}"]
+        zygote.train(tiny, f"--run.name={name}", *whole, *common, "--train.steps=6", ranks=ranks).expect(0)
+        rows = [json.loads(line) for line in (tiny.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([row["loss"] for row in rows if "loss" in row])
+    assert len(found[0]) == 6
+    assert found[1] == pytest.approx(found[0], rel=1e-3)

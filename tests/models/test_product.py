@@ -9,6 +9,7 @@ from torch import Tensor
 
 from titanlm import precision
 from titanlm.models.layers.attention import attend_by_torch
+from titanlm.models.layers.embedding import Embedding
 from titanlm.models.layers.product import plain_product
 
 
@@ -74,3 +75,20 @@ def test_other_devices_multiply_in_bf16() -> None:
     with torch.profiler.profile() as profile:
         plain_product(x, weight)
     assert "aten::to" not in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_factorised_embedding_multiplies_as_matrices_do(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", has_bf16)
+    embedding = Embedding(11, 24, rank=8)
+    for parameter in embedding.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    embedding.compute_dtype = torch.bfloat16
+    tokens = torch.arange(11)
+    x, projection = (parameter.detach().bfloat16() for parameter in embedding.parameters())
+    dtypes: set[torch.dtype] = set()
+    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: dtypes.add(a.dtype) or torch.matmul(a, b))
+    y = embedding(tokens)
+    assert dtypes == {torch.bfloat16 if has_bf16 else torch.float32}
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), torch.matmul(x.double(), projection.double()), rtol=2**-8, atol=1e-6)

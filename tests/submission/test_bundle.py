@@ -27,7 +27,7 @@ from titanlm.submission.reached import LEFT_OUT, UNSAID, WHERE_USED
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("train_configs/**/*.toml"))
-MAX_COMPRESSED_BYTES = 91_000
+MAX_COMPRESSED_BYTES = 91_500
 """Of train_gpt.py; 0.6 % of what a submission may have."""
 
 
@@ -57,7 +57,9 @@ def test_modules_are_those_of_the_run(pr369):
         "models.layers.init", "models.layers.language_model", "models.layers.linear", "models.layers.norm", "models.layers.product", "models.layers.rope",
         "models.layers.rounding", "models.layers.smear_gate", "models.layers.softcap", "models.layers.unet_skips", "optimizers.adamw",
         "optimizers.compiled", "optimizers.moments",
-        "optimizers.muon", "optimizers.newton_schulz", "packers.boundaries", "packers.none", "packers.rows", "packers.sliding", "quantizers.gptq",
+        "optimizers.muon", "optimizers.newton_schulz",
+        "optimizers.split_weights",  # a stand-in
+        "packers.boundaries", "packers.none", "packers.rows", "packers.sliding", "quantizers.gptq",
             "quantizers.int5",
         "quantizers.int6", "quantizers.int8", "quantizers.rowwise", "schedulers.ramp", "schedulers.warmdown", "schedulers.warmup",
         "tokenizers.byte_counts", "tokenizers.files", "tokenizers.fingerprint", "tokenizers.model_proto", "tokenizers.sentencepiece", "tokenizers.text",

@@ -239,7 +239,7 @@ class _Chunked(torch.autograd.Function):
             del gradients
         by_position: list[Tensor | None] = [None] * len(parameters)
         for i, total in zip(trained, totals, strict=True):
-            by_position[i] = total.to(parameters[i].dtype)
+            by_position[i] = total.to(parameters[i].grad_dtype if parameters[i].is_leaf else parameters[i].dtype)
         ctx.gradients = [hidden_gradient, None, None, *by_position]
         loss, nll = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
         ctx.mark_non_differentiable(nll)

@@ -49,6 +49,7 @@ class CompactAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # by this and "fused" FiniteGuard knows that found_inf is heeded
+    state_at_once = True
 
     def __init__(self, config: AdamWConfig, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True})

@@ -48,6 +48,7 @@ from torch import Tensor
 from titanlm.constraints import Decay, NonNegativeFloat, PositiveFew, PositiveFloat
 from titanlm.optimizers.compiled import compiled, scalar
 from titanlm.optimizers.newton_schulz import Coefficients, newton_schulz
+from titanlm.optimizers.split_weights import joined, split_, store
 from titanlm.patterns import NamedParam
 from titanlm.registry import Component, Slot, register
 from titanlm.state_tree import is_distributed
@@ -82,10 +83,14 @@ class MuonConfig:
     """Of Newton-Schulz and of what ranks exchange."""
     momentum_dtype: Literal["fp32", "bf16"] = "fp32"
     """`bf16` halves the state; a step adds the gradient in fp32, and rounds what it keeps to the nearest."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: the model keeps the numbers that it multiplies by, and the state the other 16 bits of each weight; for one process."""
 
 
 class Muon(torch.optim.Optimizer):
-    """``muon``, which see. Parameters and gradients have one dtype (fp32 masters), and ``momentum_buffer`` the same or bf16.
+    """``muon``, which see. Parameters have one dtype (fp32 masters, or their bf16 halves beside ``low_bits``), gradients that of masters.
+
+    ``momentum_buffer`` has the gradients' dtype or bf16.
 
     ``lr``, ``momentum`` and ``weight_decay`` are read from the groups at every
     step; the rest is fixed. ``found_inf``, a 0-d float tensor beside the
@@ -102,6 +107,24 @@ class Muon(torch.optim.Optimizer):
         self.config, self.compile_kernels = config, False
         steps, coefficients = config.ns_steps, config.coefficients
         self.orthogonalise: Callable[[Tensor], Tensor] = partial(newton_schulz, steps=steps, coefficients=coefficients)
+        self.state_at_once = config.weight_dtype == "bf16"
+        for parameter in parameters if self.state_at_once else ():
+            low_bits = split_(parameter)
+            self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter, dtype=self._momentum_dtype(parameter)), "low_bits": low_bits}
+
+    def _momentum_dtype(self, parameter: Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.grad_dtype or parameter.dtype
+
+    @torch.no_grad()
+    def accept(self, parameter: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        """The state it goes on with: momentum in the dtype asked for; of weights that were kept in halves, those that it keeps whole are made whole."""
+        state = dict(saved)
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = state["momentum_buffer"].to(self._momentum_dtype(parameter))
+        if not self.state_at_once and "low_bits" in state:
+            weight, low_bits = _local(parameter), _local(state.pop("low_bits"))
+            weight.copy_(joined(weight.bfloat16(), low_bits.to(weight.device)))
+        return state
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override] # no closure: nothing here evaluates a loss
@@ -117,21 +140,19 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, members: list[Tensor], bad: Tensor | None, lr: float, momentum: float, weight_decay: float) -> None:
         for parameter in members:
-            dtype, state = torch.bfloat16 if self.config.momentum_dtype == "bf16" else parameter.dtype, self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
-            elif state["momentum_buffer"].dtype != dtype:  # taken up from a run that kept it in another
-                state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=self._momentum_dtype(parameter))
         parameters = [_local(parameter) for parameter in members]
         gradients = [_local(parameter.grad) for parameter in members]
         buffers = [_local(self.state[parameter]["momentum_buffer"]) for parameter in members]
+        lows = [self.state[parameter]["low_bits"] for parameter in members] if self.state_at_once else []
         rows, columns = members[0].shape
         decay, step_size = 1.0 - lr * weight_decay, lr * math.sqrt(max(1.0, rows / columns))
         if self.compile_kernels:
             how = (self.config.nesterov, self.config.normalise == "rows", DTYPES[self.config.ns_dtype])
             bank = compiled(look_ahead)(gradients, buffers, scalar(momentum), bad, *how)
             bank = self._orthogonal(bank, members[0])
-            compiled(apply)([parameter.detach() for parameter in parameters], bank, scalar(decay), scalar(step_size), bad)
+            compiled(apply)([parameter.detach() for parameter in parameters], lows, bank, scalar(decay), scalar(step_size), bad)
             return
         update = torch.stack(gradients)
         if bad is not None:
@@ -152,9 +173,12 @@ class Muon(torch.optim.Optimizer):
         update.copy_(self._orthogonal(update.to(DTYPES[self.config.ns_dtype]), members[0]))
         if bad is not None:
             update.masked_fill_(bad, 0.0)
+        weights = [joined(*both) for both in zip(parameters, lows, strict=True)] if lows else parameters
         if weight_decay:
-            torch._foreach_mul_(parameters, unless_bad(decay))
-        torch._foreach_sub_(parameters, update.unbind(), alpha=step_size)
+            torch._foreach_mul_(weights, unless_bad(decay))
+        torch._foreach_sub_(weights, update.unbind(), alpha=step_size)
+        for weight, parameter, low in zip(weights, parameters, lows):
+            store(weight, parameter, low)
 
     def _orthogonal(self, bank: Tensor, like: Tensor) -> Tensor:
         """A bank orthogonalised, of which this rank has as much as of the parameter ``like``."""
@@ -203,11 +227,16 @@ def look_ahead(
     return torch.stack(bank)
 
 
-def apply(parameters: list[Tensor], bank: Tensor, decay: Tensor, step_size: Tensor, bad: Tensor | None) -> None:
-    """Weight decay and the update, unless ``bad``."""
-    for parameter, direction in zip(parameters, bank.unbind(), strict=True):
-        moved = parameter * decay - direction.to(parameter.dtype) * step_size
-        parameter.copy_(moved if bad is None else torch.where(bad, parameter, moved))
+def apply(parameters: list[Tensor], lows: list[Tensor], bank: Tensor, decay: Tensor, step_size: Tensor, bad: Tensor | None) -> None:
+    """Weight decay and the update, unless ``bad``; ``lows`` is empty where weights are whole."""
+    for index, (parameter, direction) in enumerate(zip(parameters, bank.unbind(), strict=True)):
+        weight = joined(parameter, lows[index]) if lows else parameter
+        moved = weight * decay - direction.to(weight.dtype) * step_size
+        kept = moved if bad is None else torch.where(bad, weight, moved)
+        if lows:
+            store(kept, parameter, lows[index])
+        else:
+            parameter.copy_(kept)
 
 
 def _row_norms(matrices: Tensor) -> Tensor:

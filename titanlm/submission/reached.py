@@ -43,6 +43,7 @@ LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
 
 WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "titanlm.check._check_stages": ("curriculum*", lambda stages: stages != []),
+    "titanlm.check._halving_problems": ("optimizer.*.weight_dtype", lambda dtype: dtype == "bf16"),
     "titanlm.check._refused": ("model.attention_backend", lambda name: name not in ("auto", "sdpa", "math")),
     "titanlm.calibration": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
     "titanlm.curriculum": ("curriculum*", lambda stages: stages != []),
@@ -56,6 +57,7 @@ WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "titanlm.distributed.compile_cache": ("train.compile_cache", lambda kept: kept != "off"),
     "titanlm.micro_batch": ("train.micro_batch_tokens", lambda tokens: tokens == "auto"),
     "titanlm.optimizers.adamw.CompactAdamW": ("optimizer.*.moments", lambda moments: moments != "fp32"),
+    "titanlm.optimizers.split_weights": ("optimizer.*.weight_dtype", lambda dtype: dtype == "bf16"),
     "titanlm.kernels.flash2": ("model.attention_backend", lambda name: name == "varlen"),
     "titanlm.kernels.flash3": ("model.attention_backend", lambda name: name == "flash3"),
     "titanlm.kernels.flash4.flash4_forward": ("model.attention_backend", lambda name: name == "flash4"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from titanlm.models.layers.product import product_of
 from titanlm.models.layers.rounding import in_use
+from titanlm.precision import multiplied_in
 
 
 class Embedding(nn.Module):
@@ -39,4 +40,5 @@ class Embedding(nn.Module):
 
 
 def _by_rows(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight.T
+    dtype = multiplied_in(x)
+    return (x.to(dtype) @ weight.T.to(dtype)).to(x.dtype)
