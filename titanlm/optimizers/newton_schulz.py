@@ -47,8 +47,8 @@ TRIPLES: dict[str, tuple[tuple[float, float, float], ...]] = {
 
 EPS = 1e-7
 SYMMETRIC_FROM = 1024
-"""Shorter sides from which half of a product in a kernel of our own is taken to be faster than all of it in the library's:
-a guess until ``benchmarks/muon.py --device cuda --products`` has been run."""
+"""Shorter sides from which a step goes by halves. On an H200 five steps took 0.77, 0.86, 0.93 and 0.76 of the time at
+1,024, 1,536, 2,048 and 4,096 (``benchmarks/muon.py --device cuda --products``); up to 2,048 that is fewer launches, and X Xᵀ alone is slower."""
 
 
 def newton_schulz(x: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
