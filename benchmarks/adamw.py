@@ -6,18 +6,19 @@
 The parameters are those of a decoder of that size: for each layer four (D, D),
 two (4D, D), one (D, 4D) and two vectors, and a table (vocabulary, D). Each form
 takes a step in turn, in one process, so that whatever else the machine does
-falls on all; times are medians with the distance between the quartiles. `fp32`
-is torch's fused kernel, which is never compiled.
+falls on all; times are medians with the distance between the quartiles, on a
+GPU by its clock, behind other work. `fp32` is torch's fused kernel, which is
+never compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import torch
+from clock import Clock
 from torch import nn
 
 from titanlm.optimizers.adamw import AdamWConfig, adamw
@@ -44,14 +45,6 @@ def optimizer_of(options: argparse.Namespace, form: Any, compiled: bool) -> torc
     return optimizer
 
 
-def seconds(optimizer: Any, on_cuda: bool) -> float:
-    start = time.perf_counter()
-    optimizer.step()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
@@ -62,11 +55,12 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2)
     options = parser.parse_args()
 
+    clock = Clock(options.device)
     optimizers = {choice: optimizer_of(options, *choice) for choice in FORMS}
     times: dict[Any, list[float]] = {choice: [] for choice in FORMS}
     for repeat in range(-options.warm_up, options.repeats):
         for choice, optimizer in optimizers.items():
-            taken = seconds(optimizer, options.device == "cuda")
+            taken = clock.seconds(optimizer.step)
             if repeat >= 0:
                 times[choice].append(taken)
     n = sum(parameter.numel() for group in optimizers[FORMS[0]].param_groups for parameter in group["params"])

@@ -7,8 +7,8 @@
 The matrices are those of a golf model: for each layer q and o (D, D), k and v
 (D/2, D), up (3D, D) and down (D, 3D). Both optimizers take a step in turn, in
 one process, so that whatever else the machine does falls on both; times are
-medians with the distance between the quartiles. torch.optim.Muon computes in
-bf16 whatever ``--ns-dtype`` is. ``compiled`` is ours as a compiled run has it.
+medians with the distance between the quartiles, on a GPU by its clock, behind
+other work. torch.optim.Muon computes in bf16 whatever ``--ns-dtype`` is. ``compiled`` is ours as a compiled run has it.
 The share is what is gained by leaving Newton-Schulz out, uncompiled.
 
 ``--products`` times Newton-Schulz alone for banks of m × 2m matrices in bf16, by
@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from clock import Clock
 from torch import nn
 
 from titanlm.optimizers import newton_schulz
@@ -42,16 +42,6 @@ def matrices(layers: int, width: int, device: str) -> list[nn.Parameter]:
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator, device=device)
     return parameters
-
-
-def seconds(step: Callable[[], None], on_cuda: bool) -> float:
-    if on_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(options: argparse.Namespace, ns_steps: int) -> dict[str, list[float]]:
@@ -71,10 +61,10 @@ def measure(options: argparse.Namespace, ns_steps: int) -> dict[str, list[float]
 
 def in_turn(steps: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each of several things, one after the other so many times."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    clock, times = Clock(options.device), {name: list[float]() for name in steps}
     for repeat in range(-options.warm_up, options.repeats):
         for name, step in steps.items():
-            taken = seconds(step, options.device == "cuda")
+            taken = clock.seconds(step)
             if repeat >= 0:
                 times[name].append(taken)
     return times

@@ -484,8 +484,8 @@ def counted(name, real, bytes_of):
     return call
 
 counting = False
-def gathered(output, input, **_): return output.nbytes - input.nbytes
 def scattered(output, input, **_): return input.nbytes - output.nbytes
+def gathered(output, input, *_, **__): return output.nbytes - input.nbytes
 def reduced(tensor, *_, async_op=False, **__): return tensor.nbytes if async_op else 0  # those of DDP; 2 (n - 1) / n of a tensor, n = 2
 for called, name, bytes_of in (("all_gather", "gathers", gathered), ("reduce_scatter", "scatters", scattered)):
     called += "_single" if hasattr(dist, "all_gather_single") else {"gathers": "_into_tensor", "scatters": "_tensor"}[name]  # before torch 2.13
@@ -519,8 +519,9 @@ Trainer.train_step = train_step
         ["--parallel.strategy=fsdp2"],
         ["--parallel.strategy=fsdp2", "--parallel.reshard_after_forward=false", "--train.micro_batch=2", "--train.precision=bf16"],
         ["--parallel.strategy=fsdp2", "--parallel.gather_dtype=compute", "--train.precision=bf16", "--train.micro_batch=1"],
+        ["--parallel.strategy=fsdp2", "--parallel.gather_dtype=float8", "--train.precision=bf16", '--quantizer=[{name="float8",select="all"}]'],
     ],
-    ids=["replicate", "fsdp2", "fsdp2 kept", "fsdp2 compute"],
+    ids=["replicate", "fsdp2", "fsdp2 kept", "fsdp2 compute", "fsdp2 float8"],
 )
 def test_memory_and_traffic_are_what_ranks_have(tiny: Path, tmp_path: Path, zygote: Any, settings: list[str]) -> None:
     """Counted where torch hands the bytes to the process group, in every rank of a real step."""

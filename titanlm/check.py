@@ -117,8 +117,13 @@ def _check(config: RunConfig) -> Report:
         report.warnings.append("qat.start_fraction: no quantizer has `qat = true`, so no weight is rounded in training")
     if rounding and config.adapter is not None:
         report.problems.append("adapter: training would round the weights without it, and export those with it merged in; leave out one of adapter and qat")
-    if rounding and config.parallel.gather_dtype == "compute" and train.precision == "bf16":
-        report.problems.append("parallel.gather_dtype: 'compute' gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'")
+    gathered = config.parallel.gather_dtype
+    if rounding and gathered != "fp32" and train.precision == "bf16":
+        report.problems.append(f"parallel.gather_dtype: {gathered!r} gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'")
+    if gathered == "float8" and not any(quantizer.name == "float8" and quantizer.config.recipe == "tensorwise" for quantizer in config.quantizer):
+        report.problems.append(
+            "parallel.gather_dtype: 'float8' sends what quantizer 'float8' with recipe 'tensorwise' multiplies by, and there is none; set 'compute'"
+        )
     if any(quantizer.name == "float8" for quantizer in config.quantizer):
         if train.precision != "bf16":
             report.problems.append(

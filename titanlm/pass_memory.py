@@ -84,6 +84,11 @@ class _Untimed:
         return {"bf16": 1.0, "float8": 0.0}
 
 
+def begin_on_meta(config: RunConfig, model: Any, n_tokens: int) -> None:
+    """Set the products that a run would on a GPU; ``model`` is on the meta device. Raises ImportError for FP8 without torchao."""
+    begin_quantizers(config, model, n_tokens, device=torch.device("meta"), compiled=False, tuned=cast(Tuned, _Untimed()))
+
+
 def pass_bytes(config: RunConfig, model: Any, rows: int, seq_len: int) -> int:
     """Most bytes that an uncompiled micro-batch of so many rows and positions a row holds beside weights, moments and the gradients of earlier ones.
 
@@ -93,8 +98,7 @@ def pass_bytes(config: RunConfig, model: Any, rows: int, seq_len: int) -> int:
     """
     module = TrainModule(model, config.loss.build()).train()
     set_precision(module, config.train.precision)
-    n_tokens = rows * seq_len
-    begin_quantizers(config, model, n_tokens, device=torch.device("meta"), compiled=False, tuned=cast(Tuned, _Untimed()))
+    begin_on_meta(config, model, rows * seq_len)
     for part in (each for block in model.blocks[:-1] for each in block.modules()):
         part.__dict__.pop("products", None)  # casts come and go, and most is held around the last block; without the others' this is quick
     activation_checkpointing.apply(model.blocks, config.train.activation_checkpointing)

@@ -33,6 +33,7 @@ from titanlm.config import RunConfig
 from titanlm.course import horizon_of, legs_of, phases_of
 from titanlm.curriculum import curriculum_problems, stage_rows, stages_from
 from titanlm.datasets.files import offline
+from titanlm.distributed.code_gather import CodeGather
 from titanlm.distributed.strategy import shards_of
 from titanlm.distributed.world import World
 from titanlm.epochs import epoch_of, read_again
@@ -40,7 +41,7 @@ from titanlm.errors import ConfigError, TitanError
 from titanlm.loggers.text import printable
 from titanlm.losses.chunked import chunk_size
 from titanlm.metrics import GIB, PEAK_FLOPS, memory_of, peak_flops_of
-from titanlm.pass_memory import pass_bytes
+from titanlm.pass_memory import begin_on_meta, pass_bytes
 from titanlm.precision import DTYPES
 from titanlm.progress import enter
 from titanlm.recipe import ScaledRecipe
@@ -110,9 +111,9 @@ class Layout:
         self.blocks = [list(block.parameters()) for block in model.blocks]
         in_blocks = {id(parameter) for block in self.blocks for parameter in block}
         self.root = [parameter for parameter in self.parameters if id(parameter) not in in_blocks]
-        compute = config.train.precision == "bf16" and config.parallel.gather_dtype == "compute"
+        compute = config.train.precision == "bf16" and config.parallel.gather_dtype != "fp32"
         self.gathered_bytes = 2 if compute else 4
-        """Of a number of a block's parameters on its way."""
+        """Of a number of a block's parameters, gathered."""
 
     def part(self, parameter: Tensor) -> int:
         """Numbers of a parameter on the first device."""
@@ -146,10 +147,14 @@ class Layout:
             return Traffic(reduces=2 * (size - 1) / size * gradients)
         others, groups = self.shards - 1, size // self.shards
         times = 2 if self.config.parallel.reshard_after_forward else 1
-        in_blocks = sum(self.part(parameter) for block in self.blocks for parameter in block)
         in_root = sum(self.part(parameter) for parameter in self.root)
+        if self.config.parallel.gather_dtype == "float8":
+            begin_on_meta(self.config, self.model, self.config.train.seq_len)
+            in_blocks = sum(CodeGather(block).sent_bytes(self.shards) for block in self.model.blocks)
+        else:
+            in_blocks = self.gathered_bytes * sum(self.part(parameter) for block in self.blocks for parameter in block)
         return Traffic(
-            gathers=(self.accumulation or 1) * others * (times * self.gathered_bytes * in_blocks + 4 * in_root),
+            gathers=(self.accumulation or 1) * others * (times * in_blocks + 4 * in_root),
             scatters=others * gradients,
             reduces=2 * (groups - 1) / groups * gradients,
         )

@@ -9,7 +9,8 @@ What travels: by default fp32, so that the numbers are those of one process
 (every module casts its own weights, and norms stay fp32). `gather_dtype =
 "compute"` halves traffic and lets the cast copies go between forward and
 backward, at the price of rounding every parameter of a block, the gains of
-norms too, before it is used. Gradients are summed in fp32 either way.
+norms too, before it is used. `"float8"` does the same and sends what products in
+FP8 make of their weights (``CodeGather``). Gradients are summed in fp32 always.
 
 Alternatives: one unit for the whole model gathers everything at once and saves
 memory only for gradients and moments; units smaller than a block send messages
@@ -27,6 +28,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from titanlm.distributed.code_gather import CodeGather
 from titanlm.distributed.strategy import Strategy, shards_of
 from titanlm.distributed.world import World
 
@@ -49,11 +51,13 @@ class Fsdp2(Strategy):
         config = self.config
         offload = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
         common: dict[str, Any] = {"mesh": self.mesh, "offload_policy": offload}
-        in_blocks = self.compute_dtype if config.gather_dtype == "compute" else torch.float32
+        in_blocks = torch.float32 if config.gather_dtype == "fp32" else self.compute_dtype
         blocks: list[Any] = list(module.model.blocks)  # type: ignore[union-attr, arg-type]
         for block in blocks:
             policy = MixedPrecisionPolicy(param_dtype=in_blocks, reduce_dtype=torch.float32, cast_forward_inputs=False)
             fully_shard(block, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **common)
+            if config.gather_dtype == "float8":
+                block.set_custom_all_gather(CodeGather(block))
         fully_shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), **common)
         self.root: Any = module
         self.units: list[Any] = [each for each in module.modules() if isinstance(each, FSDPModule)]

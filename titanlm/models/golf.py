@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,8 @@ class GolfConfig:
 
 class GolfBlock(nn.Module):
     """(B, T, D) → (B, T, D). The unit that is compiled, checkpointed and sharded."""
+
+    remakes: ClassVar = (("attention.o_proj",), ("feed_forward.down_proj",))
 
     def __init__(self, config: GolfConfig, attention: Attention) -> None:
         super().__init__()

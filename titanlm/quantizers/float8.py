@@ -28,8 +28,8 @@ Operands' sizes must be multiples of 16. A head's vocabulary is padded with rows
 of zeros, and so are tokens; other matrices stay in bf16 if theirs are not.
 
 With ``fsdp2`` weights are gathered as without this quantizer and cast after
-that: torchao's gather in FP8 wants parameters of a class of its own, which
-optimizers and checkpoints would have to know.
+that, or, with one scale a tensor and ``parallel.gather_dtype = "float8"``, as
+what they are cast to (``titanlm.distributed.code_gather``).
 
 On the CPU products of the same rounded operands are computed in fp32, which
 tells what FP8 does to a loss and is slow. A run on a GPU without the FP8 of its
@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlm.models.layers.head import aligned_product, project
-from titanlm.models.layers.product import Multiplier, Product, compute_with, multipliers
+from titanlm.models.layers.product import Codes, Multiplier, Product, compute_with, multipliers
 from titanlm.registry import register
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 16
 """Of every size of an operand, in elements."""
+E4M3_MAX = 448.0
 CAPABILITY: dict[str, tuple[int, int]] = {"tensorwise": (8, 9), "rowwise": (9, 0), "rowwise_with_gw_hp": (9, 0)}
 """From which compute capability on a recipe's products exist."""
 
@@ -195,15 +196,34 @@ def float8_product(recipe: str, *, emulate: bool, compiled: bool = False) -> Pro
             y = multiply(rows, weight.t())
         return y.view(*x.shape[:-1], len(weight))
 
-    if not compiled:
-        return product
-    alone = torch.compile(product, fullgraph=True, dynamic=False)
+    found: Any = product
+    if compiled:
+        alone = torch.compile(product, fullgraph=True, dynamic=False)
 
-    def product_anywhere(x: Tensor, weight: Tensor) -> Tensor:
-        y: Tensor = product(x, weight) if torch.compiler.is_compiling() else alone(x, weight)
-        return y
+        def product_anywhere(x: Tensor, weight: Tensor) -> Tensor:
+            y: Tensor = product(x, weight) if torch.compiler.is_compiling() else alone(x, weight)
+            return y
 
-    return product_anywhere
+        found = product_anywhere
+    if recipe == "tensorwise":
+        whole = partial(torch.compile, fullgraph=True, dynamic=False)
+        found.codes = Codes(whole(encode), whole(decode)) if compiled else Codes(encode, decode)
+    return found  # type: ignore[no-any-return]
+
+
+def encode(x: Tensor, largest: Tensor) -> Tensor:
+    """What ``tensorwise`` makes of a part of a weight whose largest magnitude is known, as bytes (``Codes``)."""
+    return (x.float() * _scale(largest)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def decode(codes: Tensor, largest: Tensor, into: Tensor) -> None:
+    """bf16 numbers with the same largest magnitude, of which ``tensorwise`` makes these codes: bf16 is off by 2⁻⁹, the next code by 2⁻⁵ at least."""
+    into.copy_(codes.view(torch.float8_e4m3fn).float() / _scale(largest))
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """As torchao computes it, in fp64."""
+    return (E4M3_MAX / largest.double().clamp(min=1e-12)).float()
 
 
 def _torchao_product(recipe: str, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -26,7 +26,7 @@ openai/parameter-golf (pull requests 369 and before).
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,8 @@ class Attention(nn.Module):
     learned number a head. ``exclusive`` takes out of what a position has
     gathered the part along its own value (:func:`exclude_own_value`).
     """
+
+    remakes: ClassVar = (("q_proj", "k_proj", "v_proj"),)
 
     def __init__(
         self,

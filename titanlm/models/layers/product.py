@@ -36,6 +36,23 @@ def plain_product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
+class Codes(NamedTuple):
+    """What a product makes of a weight that has one scale, a byte a number, for who sends weights: an attribute ``codes`` of such a product.
+
+    Of what it makes of the codes again the product makes the same codes.
+    """
+
+    encode: Callable[[Tensor, Tensor], Tensor]
+    """(n,) bf16, a part of a matrix, and the largest magnitude of the whole, 0-d fp32 → (n,) uint8."""
+    decode: Callable[[Tensor, Tensor, Tensor], None]
+    """(..., n) uint8, the same magnitude, and where to write it, (..., n) bf16."""
+
+
+def codes_of(module: nn.Module, name: str) -> Codes | None:
+    """Of the product that the module multiplies by this parameter with; None where it has none."""
+    return getattr(product_of(module, name), "codes", None)
+
+
 def product_of(module: nn.Module, name: str, default: Product = plain_product) -> Product:
     """What the module is to multiply by this parameter with."""
     product: Product | None = getattr(module, "products", {}).get(name)
@@ -48,6 +65,17 @@ def shared_product(*modules: nn.Module) -> Product | None:
         return None
     first = product_of(modules[0], "weight")
     return first if all(product_of(module, "weight") is first for module in modules[1:]) else None
+
+
+def remade(module: nn.Module) -> list[nn.Module]:
+    """Parts of which the module may make another matrix before it multiplies: it joins them, or scales their rows.
+
+    It says so by ``remakes = (("q_proj", "k_proj", "v_proj"),)`` beside its
+    ``forward``, a tuple for each matrix made, and does it where its parts share a product.
+    """
+    made: tuple[tuple[str, ...], ...] = declared(module, "remakes", ())
+    groups = ([module.get_submodule(name) for name in names] for names in made)
+    return [part for parts in groups if shared_product(*parts) is not None for part in parts]
 
 
 class Multiplier(NamedTuple):
