@@ -1,4 +1,8 @@
-"""Seconds of a step, on a GPU by its own clock and behind other work, as after a backward pass: what launching costs shows only where it takes longer."""
+"""Seconds of a step, on a GPU by its own clock and behind other work, as after a backward pass.
+
+What launching costs shows only where it takes longer than that work, or has so
+many kernels, about a thousand, that the device's queue is full.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ N_PRODUCTS = 80
 
 class Clock:
     def __init__(self, device: str) -> None:
-        self.work = torch.zeros(2, SIZE, SIZE, device=device, dtype=torch.bfloat16) if device == "cuda" else None
+        on_cuda = torch.device(device).type == "cuda"
+        self.work = torch.randn(2, SIZE, SIZE, device=device, dtype=torch.bfloat16) if on_cuda else None
 
     def seconds(self, step: Callable[[], Any]) -> float:
         """Of one call."""

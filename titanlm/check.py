@@ -120,7 +120,8 @@ def _check(config: RunConfig) -> Report:
     gathered = config.parallel.gather_dtype
     if rounding and gathered != "fp32" and train.precision == "bf16":
         report.problems.append(f"parallel.gather_dtype: {gathered!r} gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'")
-    if gathered == "float8" and not any(quantizer.name == "float8" and quantizer.config.recipe == "tensorwise" for quantizer in config.quantizer):
+    sharded = config.parallel.strategy in ("fsdp2", "hsdp")
+    if gathered == "float8" and sharded and not any(quantizer.name == "float8" and quantizer.config.recipe == "tensorwise" for quantizer in config.quantizer):
         report.problems.append(
             "parallel.gather_dtype: 'float8' sends what quantizer 'float8' with recipe 'tensorwise' multiplies by, and there is none; set 'compute'"
         )

@@ -141,7 +141,7 @@ class Parallel:
     """Let a block's parameters go after its forward pass and gather them again for backward; false trades memory for traffic."""
     gather_dtype: Literal["fp32", "compute", "float8"] = "fp32"
     """What a block's parameters are gathered in: fp32 gives the numbers of one process; compute halves the traffic of a bf16 run and its kept
-    casts, but rounds norms too; float8 halves it again where quantizer `float8` multiplies with one scale a tensor, and changes nothing else."""
+    casts, but rounds norms too; float8 halves it again where quantizer `float8` multiplies with one scale a tensor, with the same numbers."""
     prefetch_blocks: NonNegativeInt = 0
     """Blocks gathered ahead of the one that runs; 0 leaves it to FSDP2, which gathers one ahead."""
     cpu_offload: bool = False

@@ -194,6 +194,8 @@ class Trainer:
 
         # 10. Compiled in place: state keeps its names. Each phase's shapes compile once, when they first come.
         self.choices.compile(self.module)
+        for note in self.strategy.notes():
+            self.loggers.message(note)
         self.forward = self.strategy.wrap(self.module)
 
         # 11. Optimizers over the materialised parameters; each knows the peaks of what is scheduled.

@@ -11,7 +11,8 @@ import torch
 
 from titanlm.check import check
 from titanlm.config import load
-from titanlm.distributed.code_gather import CodeGather
+from titanlm.distributed.code_gather import CodeGather, _require_these
+from titanlm.models.layers.attention import Attention
 from titanlm.models.layers.product import codes_of, compute_with, multipliers
 from titanlm.quantizers.float8 import decode, encode, float8_product
 from titanlm.registry import Component
@@ -54,11 +55,15 @@ def numbers(run: Path) -> list[Any]:
     return kept
 
 
+GOLF = """--model={name="golf",n_layers=3,d_model=32,n_heads=4,n_kv_heads=2,d_ff=64,exclusive_last=1,q_gain=1.5,smear_gate="masked"}"""
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
         (2, []),
+        (2, [GOLF]),
         pytest.param(4, ["--parallel.strategy=hsdp", "--parallel.shards=2", "--parallel.prefetch_blocks=1"], marks=pytest.mark.slow),
         pytest.param(
             2, ["--train.activation_checkpointing=full", "--parallel.cpu_offload=true", "--parallel.reshard_after_forward=false"], marks=pytest.mark.slow
@@ -66,14 +71,17 @@ def numbers(run: Path) -> list[Any]:
         pytest.param(3, ["--train.global_batch=6", "--data.n_streams=6"], marks=pytest.mark.slow),
         pytest.param(2, ["--train.compile=block", "--train.steps=3", "--validation=[]"], marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     ],
-    ids=["fsdp2", "hsdp", "offload", "padded", "compiled"],
+    ids=["fsdp2", "golf", "hsdp", "offload", "padded", "compiled"],
 )
 def test_numbers_are_those_of_gathering_in_bf16_to_the_bit(tiny: Path, zygote: Any, ranks: int, settings: list[str]) -> None:
     common = ["--train.micro_batch=1", "--train.steps=6", "--scheduler=constant", "--parallel.strategy=fsdp2", BF16, MOST, *settings]
+    if GOLF in settings:
+        common[common.index(MOST)] = IN_FP8 % '["@matrix"]'
     for how in ("compute", "float8"):
         zygote.train(tiny, f"--run.name={how}", f"--parallel.gather_dtype={how}", *common, ranks=ranks).expect(0)
     compute, coded = (tiny.parent / "runs" / name for name in ("compute", "float8"))
     assert numbers(coded) == numbers(compute)
+    assert "of the numbers of blocks travel as one byte" in (coded / "log.txt").read_text()
 
 
 @pytest.mark.distributed
@@ -103,13 +111,10 @@ print(set(sent) == {{(2 * total - coded) // 2}}, len(sent), 1.0 * coded / total)
 
 def coded(unit: torch.nn.Module, pattern: str) -> set[str]:
     """Names of the parameters that travel as codes when those of the pattern's are multiplied by in FP8."""
-    names = [name for name, _ in unit.named_parameters() if pattern in name]
     product = float8_product("tensorwise", emulate=True)
-    for each in multipliers(unit, names):
+    for each in multipliers(unit, [name for name, _ in unit.named_parameters() if pattern in name]):
         compute_with(each, product)
-    spans, order = list(CodeGather(unit)._spans(1)), [name for name, _ in unit.named_parameters()]
-    assert [span.end - span.start for span in spans] == [parameter.numel() for parameter in unit.parameters()]
-    return {name for name, span in zip(order, spans, strict=True) if span.codes is not None}
+    return {span.name for span in CodeGather(unit).spans(1) if span.codes}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +127,25 @@ def coded(unit: torch.nn.Module, pattern: str) -> set[str]:
 def test_what_is_made_into_another_matrix_first_travels_as_it_is(model: str, travel: set[str]) -> None:
     built = Component.named("model", model, n_layers=1, d_model=64, n_heads=4, n_kv_heads=2).build(vocab_size=61, max_seq_len=64)
     assert coded(built.blocks[0], "_proj") == travel
+
+
+def test_a_class_that_is_derived_remakes_what_its_base_does() -> None:
+    class Derived(Attention):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().forward(*args, **kwargs)
+
+    made = Derived(64, 4, 2, 16, qk_norm="none", norm_eps=1e-6, backend="sdpa")
+    assert coded(made, "_proj") == {"o_proj.weight"}
+
+
+def test_what_is_sent_is_looked_at_the_first_time() -> None:
+    unit = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    spans = list(CodeGather(unit).spans(1))
+    sent = torch.cat([parameter.detach().flatten() for parameter in unit.parameters()]).bfloat16()
+    _require_these(spans, sent)
+    for other in (sent.roll(16), sent[:16], sent.float()):
+        with pytest.raises(RuntimeError, match=r"parallel.gather_dtype: this torch gathers"):
+            _require_these(spans, other)
 
 
 def test_rows_scales_have_no_codes() -> None:
@@ -137,9 +161,10 @@ def test_rows_scales_have_no_codes() -> None:
         ([BF16], "sends what quantizer 'float8' with recipe 'tensorwise' multiplies by, and there is none"),
         ([BF16, '--quantizer=[{name="float8",recipe="rowwise",select="all"}]'], "sends what quantizer 'float8' with recipe 'tensorwise' multiplies by"),
         ([BF16, MOST], None),
+        ([BF16, "--parallel.strategy=replicate"], None),
     ],
 )
 def test_it_is_refused_where_there_are_no_codes_to_send(tiny: Path, settings: list[str], problem: str | None) -> None:
-    found = [each for each in check(load(tiny, ["--parallel.gather_dtype=float8", *settings])).problems if "gather_dtype" in each]
+    found = [each for each in check(load(tiny, ["--parallel.strategy=fsdp2", "--parallel.gather_dtype=float8", *settings])).problems if "gather_dtype" in each]
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]

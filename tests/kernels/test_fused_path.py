@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from titanlm.batch import Batch
 from titanlm.distributed import activation_checkpointing
+from titanlm.distributed.code_gather import CodeGather
 from titanlm.kernels import mix, product_onto, relu2, rotate
 from titanlm.kernels.fused import fused, use_kernels
 from titanlm.models import decoder, golf
 from titanlm.models.layers import attention, feed_forward, linear, rope
+from titanlm.models.layers.product import compute_with, multipliers
+from titanlm.quantizers.float8 import float8_product
 
 
 def _through_norm(x, g, eps):
@@ -86,6 +89,7 @@ def twins():
     library._destroy()
 
 
+PRODUCT = float8_product("tensorwise", emulate=True)
 FIELDS = ("tokens", "labels", "positions", "document_ids", "target_bytes")
 
 
@@ -145,6 +149,30 @@ def through_kernels(monkeypatch):
         monkeypatch.setattr(product_onto, "serves", lambda x: adds)
 
     return begin
+
+
+def test_weights_that_travelled_as_codes_multiply_as_those_that_did_not(model, through_kernels):
+    """To the bit, where queries, keys and values are joined and rows scaled: what a module makes another matrix of does not travel so."""
+    through_kernels()
+    names = [name for name, parameter in model.blocks.named_parameters() if "_proj" in name]
+    for each in multipliers(model.blocks, names):
+        compute_with(each, PRODUCT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    hidden, gradients = outcome(model)
+    coded = [span for block in model.blocks for span in CodeGather(block).spans(1) if span.codes]
+    assert len(coded) == len(model.blocks) * (1 if isinstance(model, golf.Golf) else 3)
+    with torch.no_grad():
+        for span in coded:
+            weight, largest = span.parameter.bfloat16(), span.parameter.abs().max()
+            span.codes.decode(span.codes.encode(weight, largest), largest, weight)
+            assert not torch.equal(weight.float(), span.parameter)
+            span.parameter.copy_(weight)
+    again, others = outcome(model)
+    assert torch.equal(again, hidden)
+    assert gradients.keys() == others.keys()
+    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
 
 
 @pytest.mark.parametrize(("adds", "copies"), [(False, 1), (True, 2)], ids=["", "adds and copies"])

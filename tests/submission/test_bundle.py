@@ -90,7 +90,9 @@ def test_the_probe_of_rows_is_in_it_where_it_is_asked_for(pr369):
     made = bundle(golf("pr369", "--train.micro_batch_tokens=auto"), "readable")
     assert b"SHARE = 0.9" in made.content
     assert b"SHARE = 0.9" not in pr369["readable"].content
-    assert {name.removeprefix("titanlm.") for name in set(made.modules) - set(pr369["readable"].modules)} == {"recipe_plan"}
+    assert {name.removeprefix("titanlm.") for name in set(made.modules) - set(pr369["readable"].modules)} == {
+        "distributed.code_gather", "pass_memory", "recipe_plan",  # the first two stand-ins
+    }  # fmt: skip
 
 
 def test_compressed_file_is_source_in_latin_1(pr369, tmp_path):

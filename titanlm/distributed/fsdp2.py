@@ -40,7 +40,7 @@ class Fsdp2(Strategy):
     """`fsdp2`, and `hsdp`: sharded within groups of ranks, replicated over the groups."""
 
     def __init__(self, config: Parallel, world: World, device: torch.device, compute_dtype: torch.dtype) -> None:
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.gathers = config, compute_dtype, list[CodeGather]()
         if config.strategy == "hsdp":
             shards = shards_of(config, world)
             self.mesh = init_device_mesh(device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
@@ -57,7 +57,8 @@ class Fsdp2(Strategy):
             policy = MixedPrecisionPolicy(param_dtype=in_blocks, reduce_dtype=torch.float32, cast_forward_inputs=False)
             fully_shard(block, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **common)
             if config.gather_dtype == "float8":
-                block.set_custom_all_gather(CodeGather(block))
+                self.gathers.append(CodeGather(block))
+                block.set_custom_all_gather(self.gathers[-1])
         fully_shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), **common)
         self.root: Any = module
         self.units: list[Any] = [each for each in module.modules() if isinstance(each, FSDPModule)]
@@ -69,6 +70,16 @@ class Fsdp2(Strategy):
             for index, block in enumerate(blocks):
                 block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + ahead])
                 block.set_modules_to_backward_prefetch(blocks[max(0, index - ahead) : index][::-1])
+
+    def notes(self) -> list[str]:
+        if not self.gathers:
+            return []
+        spans = [span for gather in self.gathers for span in gather.spans(1)]
+        share = sum(span.end - span.start for span in spans if span.codes) / spans[-1].end / len(self.gathers)
+        nothing = "" if share else '; set "compute", or the quantizer\'s select'
+        return [
+            f'{"" if share else "WARNING: "}parallel.gather_dtype = "float8": {share:.1%} of the numbers of blocks travel as one byte, the rest as two{nothing}'
+        ]
 
     def parameter_device(self, device: torch.device) -> torch.device:
         return torch.device("cpu") if self.config.cpu_offload else device

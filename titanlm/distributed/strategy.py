@@ -35,6 +35,10 @@ class Strategy:
         """What the training step calls in place of the materialised and compiled module."""
         return module
 
+    def notes(self) -> list[str]:
+        """What the user should know once it is settled what modules multiply with."""
+        return []
+
     def synchronise(self, on: bool) -> None:
         """Whether the next backward pass adds up the gradients of the ranks."""
 

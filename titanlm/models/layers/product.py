@@ -70,10 +70,10 @@ def shared_product(*modules: nn.Module) -> Product | None:
 def remade(module: nn.Module) -> list[nn.Module]:
     """Parts of which the module may make another matrix before it multiplies: it joins them, or scales their rows.
 
-    It says so by ``remakes = (("q_proj", "k_proj", "v_proj"),)`` beside its
-    ``forward``, a tuple for each matrix made, and does it where its parts share a product.
+    Its class or one it is derived from says so by ``remakes = (("q_proj", "k_proj", "v_proj"),)``,
+    a tuple for each matrix made, and does it where its parts share a product.
     """
-    made: tuple[tuple[str, ...], ...] = declared(module, "remakes", ())
+    made: set[tuple[str, ...]] = {names for cls in type(module).__mro__ for names in vars(cls).get("remakes", ())}
     groups = ([module.get_submodule(name) for name in names] for names in made)
     return [part for parts in groups if shared_product(*parts) is not None for part in parts]
 
