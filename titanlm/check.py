@@ -117,14 +117,8 @@ def _check(config: RunConfig) -> Report:
         report.warnings.append("qat.start_fraction: no quantizer has `qat = true`, so no weight is rounded in training")
     if rounding and config.adapter is not None:
         report.problems.append("adapter: training would round the weights without it, and export those with it merged in; leave out one of adapter and qat")
-    gathered = config.parallel.gather_dtype
-    if rounding and gathered != "fp32" and train.precision == "bf16":
-        report.problems.append(f"parallel.gather_dtype: {gathered!r} gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'")
-    sharded = config.parallel.strategy in ("fsdp2", "hsdp")
-    if gathered == "float8" and sharded and not any(quantizer.name == "float8" and quantizer.config.recipe == "tensorwise" for quantizer in config.quantizer):
-        report.problems.append(
-            "parallel.gather_dtype: 'float8' sends what quantizer 'float8' with recipe 'tensorwise' multiplies by, and there is none; set 'compute'"
-        )
+    if config.parallel.gather_dtype != "fp32":
+        report.problems += [f"parallel.gather_dtype: {why}" for why in _gather_problems(config, rounding)]
     if any(quantizer.name == "float8" for quantizer in config.quantizer):
         if train.precision != "bf16":
             report.problems.append(
@@ -441,6 +435,15 @@ def quantizer_claims(config: RunConfig, model: Any) -> Claims:
     names = {name: roles[name] for name, _ in model.named_parameters() if name in roles}
     groups = [getattr(quantizer.build(), "of_products", False) for quantizer in config.quantizer]
     return claim(names, [quantizer.config.params for quantizer in config.quantizer], groups)
+
+
+def _gather_problems(config: RunConfig, rounding: bool) -> Iterator[str]:
+    """Why blocks may not be gathered in other numbers than fp32."""
+    how, sharded = config.parallel.gather_dtype, config.parallel.strategy in ("fsdp2", "hsdp")
+    if rounding and config.train.precision == "bf16":
+        yield f"{how!r} gathers bf16 weights, whose grid is not the export's; with a quantizer's qat set 'fp32'"
+    if how == "float8" and sharded and not any(quantizer.name == "float8" and quantizer.config.recipe == "tensorwise" for quantizer in config.quantizer):
+        yield "'float8' sends what quantizer 'float8' with recipe 'tensorwise' multiplies by, and there is none; set 'compute'"
 
 
 def _halving_problems(config: RunConfig, halved: list[str], in_training: set[str]) -> Iterator[str]:

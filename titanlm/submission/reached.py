@@ -43,6 +43,7 @@ LEFT_OUT: dict[str, tuple[str, tuple[object, ...]]] = {
 
 WHERE_USED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "titanlm.check._check_stages": ("curriculum*", lambda stages: stages != []),
+    "titanlm.check._gather_problems": ("parallel.gather_dtype", lambda dtype: dtype != "fp32"),
     "titanlm.check._halving_problems": ("optimizer.*.weight_dtype", lambda dtype: dtype == "bf16"),
     "titanlm.check._refused": ("model.attention_backend", lambda name: name not in ("auto", "sdpa", "math")),
     "titanlm.calibration": ("quantizer.*.rounding", lambda rounding: rounding == "gptq"),
