@@ -8,8 +8,9 @@ The matrices are those of a golf model: for each layer q and o (D, D), k and v
 (D/2, D), up (3D, D) and down (D, 3D). Both optimizers take a step in turn, in
 one process, so that whatever else the machine does falls on both; times are
 medians with the distance between the quartiles, on a GPU by its clock, behind
-other work. torch.optim.Muon computes in bf16 whatever ``--ns-dtype`` is. ``compiled`` is ours as a compiled run has it.
-The share is what is gained by leaving Newton-Schulz out, uncompiled.
+other work. torch.optim.Muon computes in bf16 whatever ``--ns-dtype`` is.
+``compiled`` is ours as a compiled run has it. The share is what is gained by
+leaving Newton-Schulz out, uncompiled.
 
 ``--products`` times Newton-Schulz alone for banks of m × 2m matrices in bf16, by
 whole products and by the halves of ``titanlm.kernels.symmetric``, and both of
