@@ -75,7 +75,7 @@ class Fsdp2(Strategy):
         if not self.gathers:
             return []
         spans = [span for gather in self.gathers for span in gather.spans(1)]
-        share = sum(span.end - span.start for span in spans if span.codes) / spans[-1].end / len(self.gathers)
+        share = sum(span.end - span.start for span in spans if span.codes) / sum(span.end - span.start for span in spans)
         nothing = "" if share else '; set "compute", or the quantizer\'s select'
         return [
             f'{"" if share else "WARNING: "}parallel.gather_dtype = "float8": {share:.1%} of the numbers of blocks travel as one byte, the rest as two{nothing}'
