@@ -84,7 +84,7 @@ def passes(backend: str, shape: Shape, batch: Batch, device: torch.device) -> Pa
     Raises TitanError where it refuses, RuntimeError and others where it fails.
     """
     generator = torch.Generator(device).manual_seed(0)
-    n_kv_heads = shape.n_kv_heads * copies(backend, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.documents, device)
+    n_kv_heads = shape.n_kv_heads * copies(backend, shape.n_heads, shape.n_kv_heads, shape.head_dim, device)
     sizes = [shape.n_heads, n_kv_heads, n_kv_heads, shape.n_heads]
     q, k, v, g = (torch.randn(shape.rows, shape.seq_len, heads, shape.head_dim, generator=generator, device=device, dtype=shape.dtype) for heads in sizes)
     mask = attention_mask(batch.to(device), backend, None, shape.head_dim, shape.dtype)

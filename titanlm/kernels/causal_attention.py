@@ -61,7 +61,7 @@ KERNELS = {
 """By the name that a config gives them."""
 
 
-def copies(backward: str, n_heads: int, n_kv_heads: int, head_dim: int, documents: bool, device: torch.device) -> int:
+def copies(backward: str, n_heads: int, n_kv_heads: int, head_dim: int, device: torch.device) -> int:
     """How often keys and values are to be written out before attention whose backward pass is this kernel's: once, or for each query head.
 
     FlashAttention 4 adds up the gradients of query heads that share keys in
@@ -69,7 +69,7 @@ def copies(backward: str, n_heads: int, n_kv_heads: int, head_dim: int, document
     that was measured, heads of 64 in pairs on an H200, one head to each is
     faster (``docs/performance.md``); for others it is not done.
     """
-    measured = backward == "flash4" and n_heads == 2 * n_kv_heads and head_dim == 64 and not documents
+    measured = backward == "flash4" and n_heads == 2 * n_kv_heads and head_dim == 64
     return 2 if measured and hopper(device.index) else 1
 
 

@@ -120,7 +120,7 @@ class Attention(nn.Module):
         """
         product = shared_product(self.q_proj, self.k_proj, self.v_proj) if past is None and self.fuses and fused(x) else None
         kernels = _kernels(self.backend, mask, x, self.head_dim) if past is None else None
-        q, k, v, own = self._heads(x, rotary) if product is None else self._fused_heads(x, rotary, product, self._copies(kernels, mask, x.device))
+        q, k, v, own = self._heads(x, rotary) if product is None else self._fused_heads(x, rotary, product, self._copies(kernels, x.device))
         if past is not None:
             cache, positions, used = past
             k, v = cache.update(positions, k, v, used)
@@ -132,8 +132,8 @@ class Attention(nn.Module):
             y = exclude_own_value(y, own)
         return scaled(self.o_proj, y.flatten(2), scale, onto)
 
-    def _copies(self, kernels: tuple[str, str] | None, mask: Mask, device: torch.device) -> int:
-        return 1 if kernels is None else copies(kernels[1], self.n_heads, self.n_kv_heads, self.head_dim, mask is not None, device)
+    def _copies(self, kernels: tuple[str, str] | None, device: torch.device) -> int:
+        return 1 if kernels is None else copies(kernels[1], self.n_heads, self.n_kv_heads, self.head_dim, device)
 
     def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         heads = (*x.shape[:-1], -1, self.head_dim)
