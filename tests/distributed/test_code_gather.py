@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,38 @@ def test_numbers_are_those_of_gathering_in_bf16_to_the_bit(tiny: Path, zygote: A
     compute, coded = (tiny.parent / "runs" / name for name in ("compute", "float8"))
     assert numbers(coded) == numbers(compute)
     assert "of the numbers of blocks travel as one byte" in (coded / "log.txt").read_text()
+
+
+ON_ONE_GPU = """
+import sys
+import torch
+import torch.distributed as dist
+from titanlm import cli, train
+
+train.choose_device = lambda name, local_rank: torch.device("cuda", 0)
+connect = dist.init_process_group
+dist.init_process_group = lambda backend, **named: connect("cpu:gloo,cuda:gloo", **named | {"device_id": None})
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+"""NCCL takes a GPU for each rank; gloo does not ask, and sends through the host."""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("settings", [[], [GOLF], ["--train.compile=block"]], ids=["fsdp2", "golf", "compiled"])
+def test_numbers_are_those_of_gathering_in_bf16_on_gpus_too(tiny: Path, settings: list[str]) -> None:
+    program = tiny.parent / "on_one_gpu.py"
+    program.write_text(ON_ONE_GPU)
+    started = [program] if torch.cuda.device_count() < 2 else ["-m", "titanlm.train"]
+    common = ["--train.micro_batch=1", "--train.steps=6", "--scheduler=constant", "--parallel.strategy=fsdp2", BF16, *settings]
+    common += [IN_FP8 % '["@matrix"]' if GOLF in settings else MOST, "--train.device=cuda"]
+    for how in ("compute", "float8"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *started, tiny]
+        subprocess.run([*command, f"--run.name={how}", f"--parallel.gather_dtype={how}", *common], check=True, timeout=300)
+    compute, coded = (tiny.parent / "runs" / name for name in ("compute", "float8"))
+    assert numbers(coded) == numbers(compute)
+    assert "of the numbers of blocks travel as one byte" in (coded / "log.txt").read_text()
+    assert "emulated" not in (coded / "log.txt").read_text()
 
 
 @pytest.mark.distributed

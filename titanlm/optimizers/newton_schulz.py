@@ -46,9 +46,9 @@ TRIPLES: dict[str, tuple[tuple[float, float, float], ...]] = {
 """(a, b, c) of each step; further steps have the last."""
 
 EPS = 1e-7
-SYMMETRIC_FROM = 1024
-"""Shorter sides from which a step goes by halves. On an H200 five steps took 0.77, 0.86, 0.93 and 0.76 of the time at
-1,024, 1,536, 2,048 and 4,096 (``benchmarks/muon.py --device cuda --products``); up to 2,048 that is fewer launches, and X Xᵀ alone is slower."""
+SYMMETRIC_FROM = 256
+"""Shorter sides from which a step goes by halves, the smallest that was timed. On an H200 five steps took 0.68 to 0.74 of the time
+from 256 to 1,024, and 0.93 at 2,048 (``benchmarks/muon.py --device cuda --products``)."""
 
 
 def newton_schulz(x: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
