@@ -15,7 +15,7 @@ leaving Newton-Schulz out, uncompiled.
 ``--products`` times Newton-Schulz alone for banks of m × 2m matrices in bf16, by
 whole products and by the halves of ``titanlm.kernels.symmetric``, and both of
 its products against the library's. The m from which halves are faster belongs in
-``newton_schulz.SYMMETRIC_FROM``.
+``newton_schulz.SYMMETRIC_FROM``. ``--whole`` times Muon by whole products alone.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def products(options: argparse.Namespace) -> None:
         a = x[:, :, :rows] @ x[:, :, :rows].mT / rows**2
 
         def whole_or_halved(smallest: int, x: torch.Tensor = x) -> torch.Tensor:
-            newton_schulz.SYMMETRIC_FROM = smallest
+            newton_schulz.SYMMETRIC_FROM, newton_schulz.SYMMETRIC_TILES = smallest, 0
             return newton_schulz.newton_schulz(x, 5, "quintic")
 
         pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--products", action="store_true", help="time the products of Newton-Schulz instead, on CUDA")
+    parser.add_argument("--whole", action="store_true", help="Newton-Schulz by whole products, whatever the matrices")
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 384, 512, 768, 1024, 1536, 2048, 4096], help="m of --products")
     options = parser.parse_args()
     if options.products:
@@ -113,6 +114,8 @@ def main() -> None:
             parser.error("--products compares kernels of a GPU: add --device cuda")
         products(options)
         return
+    if options.whole:
+        newton_schulz.SYMMETRIC_FROM = 1 << 30
 
     n = sum(parameter.numel() for parameter in matrices(options.layers, options.width, options.device))
     print(f"{6 * options.layers} matrices, {n:,} parameters, width {options.width}, ns_dtype {options.ns_dtype}, torch {torch.__version__} on {options.device}")

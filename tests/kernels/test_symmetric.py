@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from titanlm.optimizers.newton_schulz import fills
+
 CHECK = """
 import torch
 from titanlm.kernels.symmetric import gram, plain_gram, polynomial, plain_polynomial
@@ -60,6 +62,11 @@ def test_titanlm_imports_neither_triton_nor_the_compiler() -> None:
     assert done.stdout.strip() == "[]", done.stderr[-2000:]
 
 
+def test_they_serve_for_banks_that_fill_a_gpu() -> None:
+    assert all(fills(n, rows) for n, rows in [(22, 512), (88, 256), (39, 384), (5, 1024), (1, 2048), (14, 3840)])
+    assert not any(fills(n, rows) for n, rows in [(22, 256), (4, 512), (3, 1024), (1000, 128), (0, 512)])
+
+
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     names: dict[str, object] = {}
@@ -69,7 +76,7 @@ def test_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
-@pytest.mark.parametrize("shape", [(3, 1024, 2048), (2, 2048, 1024), (1, 1100, 1100)])
+@pytest.mark.parametrize("shape", [(3, 1024, 2048), (2, 2048, 1024), (1, 1100, 1100), (3, 256, 512), (4, 512, 3840)])
 def test_newton_schulz_with_them_is_as_near_to_float64_as_without(shape: tuple[int, int, int], coefficients: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from titanlm.optimizers import newton_schulz as module
 
@@ -78,5 +85,6 @@ def test_newton_schulz_with_them_is_as_near_to_float64_as_without(shape: tuple[i
     errors = []
     for smallest in (1, 1 << 30):
         monkeypatch.setattr(module, "SYMMETRIC_FROM", smallest)
+        monkeypatch.setattr(module, "SYMMETRIC_TILES", 0)
         errors.append(float((module.newton_schulz(x, 5, coefficients) - exact).norm() / exact.norm()))
     assert errors[0] < 1.2 * errors[1] + 1e-3

@@ -66,8 +66,9 @@ def copies(backward: str, n_heads: int, n_kv_heads: int, head_dim: int, device: 
 
     FlashAttention 4 adds up the gradients of query heads that share keys in
     fp32, atomically, in memory that is zeroed before and rounded after. Where
-    that was measured, heads of 64 in pairs on an H200, one head to each is
-    faster (``docs/performance.md``); for others it is not done.
+    that was measured, heads of 64 in pairs on an H200, in whole rows and in
+    documents longer than those, one head to each is faster
+    (``docs/performance.md``); for others it is not done.
     """
     measured = backward == "flash4" and n_heads == 2 * n_kv_heads and head_dim == 64
     return 2 if measured and hopper(device.index) else 1

@@ -17,6 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TILE = 128
+"""Rows and columns that a program computes."""
+
 
 def gram(x: Tensor) -> Tensor:
     """X Xᵀ (n, rows, rows) of each X in ``x`` (n, rows, columns), bf16 or fp16 with any strides."""

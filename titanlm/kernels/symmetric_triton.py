@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from titanlm.kernels.jit import jit, tl, triton
+from titanlm.kernels.symmetric import TILE
 
-BLOCK, DEPTH, WARPS, STAGES = 128, 64, 8, 3
-"""Tiles of BLOCK × BLOCK, DEPTH columns of X at a time: 96 KiB of shared memory, two programs on one multiprocessor of an H100."""
+DEPTH, WARPS, STAGES = 64, 8, 3
+"""Tiles of TILE × TILE, DEPTH columns of X at a time: 96 KiB of shared memory, two programs on one multiprocessor of an H100."""
 
 
 @jit
@@ -43,9 +44,9 @@ def lower_triangle(x: Tensor, a: float, b: float, c: float, polynomial: bool) ->
     """c·X Xᵀ of each X in ``x`` (n, rows, columns), with ``polynomial`` and aI + b·X."""
     n, rows, columns = x.shape
     result = x.new_empty(n, rows, rows)
-    tiles = triton.cdiv(rows, BLOCK)
+    tiles = triton.cdiv(rows, TILE)
     if result.numel():
         _kernel[tiles, tiles, n](
-            x, result, rows, columns, *x.stride(), a, b, c, polynomial, BLOCK, DEPTH, num_warps=WARPS, num_stages=STAGES
+            x, result, rows, columns, *x.stride(), a, b, c, polynomial, TILE, DEPTH, num_warps=WARPS, num_stages=STAGES
         )  # fmt: skip
     return result

@@ -14,7 +14,7 @@ parameter golf), and ends nearer to 1.
 
 The Gram matrix A = XXᵀ is formed on the shorter side, and ``baddbmm`` adds
 inside the products, so a step is three products. On a GPU it copies what it adds
-to first. There large matrices in half precision go through
+to first. There large banks of matrices in half precision go through
 ``titanlm.kernels.symmetric``, which computes half of A and of aI + bA + cA², and
 the step ends in one plain product: nothing is copied, and of 4·m²·n + 2·m³
 operations for m × n a half of 2·m²·n + 2·m³ is left out.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from titanlm.kernels.fused import serve
-from titanlm.kernels.symmetric import gram, polynomial
+from titanlm.kernels.symmetric import TILE, gram, polynomial
 from titanlm.precision import multiplied_in
 
 Coefficients = Literal["quintic", "polar_express"]
@@ -46,8 +46,9 @@ TRIPLES: dict[str, tuple[tuple[float, float, float], ...]] = {
 """(a, b, c) of each step; further steps have the last."""
 
 EPS = 1e-7
-SYMMETRIC_FROM = 256
-"""Shorter sides from which a step goes by halves, the smallest that was timed. On an H200 five steps took 0.68 to 0.74 of the time
+SYMMETRIC_FROM, SYMMETRIC_TILES = 256, 132
+"""The shorter side, and the tiles in all halves of a bank, from which a step goes by halves: the smallest that was timed, and one
+for each multiprocessor of an H200. There banks of m × 2m, 136 to 264 tiles, took 0.68 to 0.74 of the time of whole products for m
 from 256 to 1,024, and 0.93 at 2,048 (``benchmarks/muon.py --device cuda --products``)."""
 
 
@@ -61,10 +62,16 @@ def newton_schulz(x: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
     bank = bank.reshape(-1, *x.shape[-2:])
     bank = bank.mT if tall else bank
     triples = TRIPLES[coefficients]
-    halved = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and bank.size(-2) >= SYMMETRIC_FROM and serve(x.device.index)
+    halved = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and fills(bank.size(0), bank.size(1)) and serve(x.device.index)
     for step in range(steps):
         bank = (_step_by_halves if halved else _step)(bank, *triples[min(step, len(triples) - 1)])
     return (bank.mT if tall else bank).reshape(x.shape)
+
+
+def fills(n: int, rows: int) -> bool:
+    """Whether n matrices with so many rows keep a GPU busy by halves."""
+    side = -(-rows // TILE)
+    return rows >= SYMMETRIC_FROM and n * side * (side + 1) // 2 >= SYMMETRIC_TILES
 
 
 def _step(bank: Tensor, a: float, b: float, c: float) -> Tensor:
