@@ -58,6 +58,7 @@ def test_ranks_go_by_one_measurement() -> None:
     assert done.stderr.count("measuring") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_it_runs_under_torchrun() -> None:
     done = run(*ON_TWO, GATE)
